@@ -1,0 +1,160 @@
+"""Causal-importance functions and the sigmoids that bring their output to [0, 1]."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spd_core.config import CiFnConfig
+
+LEAK = 0.01
+
+
+@dataclass(frozen=True)
+class CausalImportance:
+    """One module's causal importances: `lower` goes into masks, `upper` into the minimality loss."""
+
+    lower: Float[Tensor, "... C"]
+    upper: Float[Tensor, "... C"]
+    pre_sigmoid: Float[Tensor, "... C"]
+
+
+class _LowerLeakyHard(torch.autograd.Function):
+    """clamp(x, 0, 1); below 0 the gradient leaks, but only where descent would raise x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        (grad,) = grad_outputs
+        leaked = LEAK * grad.clamp(max=0)
+        return torch.where(x <= 0, leaked, grad * (x <= 1))
+
+
+def lower_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    result = _LowerLeakyHard.apply(x)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def upper_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """clamp(x, 0, 1) up to 1, then rising with slope 0.01."""
+    return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(0, 1))
+
+
+def swish_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return (x * torch.sigmoid(10 * x)).clamp(0, 1)
+
+
+def apply_sigmoid(
+    pre_sigmoid: Float[Tensor, "... C"],
+    sigmoid: Literal["leaky_hard", "normal", "hard", "swish_hard"],
+    binomial_noise: Float[Tensor, "... C"] | None,
+) -> CausalImportance:
+    """The pair of values; under binomial sampling `lower` sees 1.05 g - 0.05 u, u ~ U(0, 1)."""
+    g = pre_sigmoid
+    jittered = g if binomial_noise is None else 1.05 * g - 0.05 * binomial_noise
+    match sigmoid:
+        case "leaky_hard":
+            return CausalImportance(lower_leaky_hard(jittered), upper_leaky_hard(g), g)
+        case "normal":
+            return CausalImportance(torch.sigmoid(jittered), torch.sigmoid(g), g)
+        case "hard":
+            return CausalImportance(jittered.clamp(0, 1), g.clamp(0, 1), g)
+        case "swish_hard":
+            return CausalImportance(swish_hard(jittered), swish_hard(g), g)
+
+
+def _normal(*shape: int, std: float, generator: torch.Generator) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, generator=generator) * std)
+
+
+class ParallelMLP(nn.Module):
+    """C small MLPs side by side, d_in -> hidden (GELU) -> 1, each on its own input.
+
+    The layout inside is (C, width, batch): every layer is one batched matmul and the elementwise
+    work runs along contiguous memory.
+    """
+
+    def __init__(self, C: int, d_in: int, hidden: list[int], generator: torch.Generator) -> None:
+        super().__init__()
+        self.d_in = d_in
+        widths = [d_in, *hidden, 1]
+        gains = [math.sqrt(2)] * len(hidden) + [1.0]
+        self.weights = nn.ParameterList(
+            _normal(C, b, a, std=gain / a**0.5, generator=generator)
+            for a, b, gain in zip(widths[:-1], widths[1:], gains, strict=True)
+        )
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(C, b, 1)) for b in widths[1:])
+
+    def forward(self, x: Float[Tensor, "C d_in batch"]) -> Float[Tensor, "C batch"]:
+        *inner, last = zip(self.weights, self.biases, strict=True)
+        for weight, bias in inner:
+            if weight.shape[-1] == 1:
+                # The bias rides as the weight of a second input of ones: one matmul forward, and
+                # its backward reduces over the batch in matmuls instead of broadcast products.
+                x = torch.bmm(torch.cat([weight, bias], 2), torch.cat([x, torch.ones_like(x)], 1))
+                x = F.gelu(x)
+            else:
+                x = F.gelu(torch.baddbmm(bias, weight, x))
+        weight, bias = last
+        return torch.baddbmm(bias, weight, x).squeeze(1)
+
+
+class SharedMLP(nn.Module):
+    """One MLP d_in -> hidden (GELU) -> C."""
+
+    def __init__(self, C: int, d_in: int, hidden: list[int], generator: torch.Generator) -> None:
+        super().__init__()
+        widths = [d_in, *hidden, C]
+        gains = [math.sqrt(2)] * len(hidden) + [1.0]
+        self.weights = nn.ParameterList(
+            _normal(b, a, std=gain / a**0.5, generator=generator)
+            for a, b, gain in zip(widths[:-1], widths[1:], gains, strict=True)
+        )
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
+
+    def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... C"]:
+        *inner, last = zip(self.weights, self.biases, strict=True)
+        for weight, bias in inner:
+            x = F.gelu(F.linear(x, weight, bias))
+        return F.linear(x, *last)
+
+
+class CiFn(nn.Module):
+    """The causal-importance function of one module: pre-sigmoid values from its input."""
+
+    def __init__(
+        self, config: CiFnConfig, C: int, d_in: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.kind = config.kind
+        match config.kind:
+            case "mlp":
+                self.mlp = ParallelMLP(C, 1, config.hidden, generator)
+            case "vector_mlp":
+                self.mlp = ParallelMLP(C, d_in, config.hidden, generator)
+            case "shared_mlp":
+                self.mlp = SharedMLP(C, d_in, config.hidden, generator)
+
+    def forward(
+        self, x: Float[Tensor, "... d_in"], inner_acts: Float[Tensor, "... C"]
+    ) -> Float[Tensor, "... C"]:
+        leading = x.shape[:-1]
+        match self.kind:
+            case "mlp":
+                flat = inner_acts.reshape(-1, inner_acts.shape[-1]).T.unsqueeze(1)
+                return self.mlp(flat).T.reshape(*leading, -1)
+            case "vector_mlp":
+                flat = x.reshape(-1, x.shape[-1]).T
+                return self.mlp(flat.expand(inner_acts.shape[-1], -1, -1)).T.reshape(*leading, -1)
+            case "shared_mlp":
+                return self.mlp(x)

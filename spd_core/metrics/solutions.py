@@ -1,0 +1,64 @@
+"""Known answers: how far a decomposition is from the solution that we know is right."""
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from spd_core.component_model import ComponentModel
+from spd_core.components import LinearComponents
+from spd_core.config import DensePattern, IdentityPattern, SolutionPattern
+
+FEATURE_VALUE = 0.75
+
+
+@torch.no_grad()
+def single_feature_ci(
+    model: ComponentModel, n_features: int, device: torch.device
+) -> dict[str, Float[Tensor, "n_features C"]]:
+    """Causal importances (lower) when each feature in turn is alone, at 0.75."""
+    _, inputs = model.run_target(FEATURE_VALUE * torch.eye(n_features, device=device))
+    return {n: ci.lower for n, ci in model.causal_importances(inputs, noise=None).items()}
+
+
+def permute_to_identity(ci: Float[Tensor, "n_features C"]) -> Float[Tensor, "n_features C"]:
+    """Columns reordered so that the diagonal is as large as it can be; the rest by size."""
+    _, columns = linear_sum_assignment(-ci.cpu().numpy())
+    chosen = [int(c) for c in columns]
+    chosen_set = set(chosen)
+    rest = [int(c) for c in ci.sum(0).argsort(descending=True) if int(c) not in chosen_set]
+    return ci[:, chosen + rest]
+
+
+def identity_ci_error(
+    ci: Float[Tensor, "n_features C"], pattern: SolutionPattern, tolerance: float
+) -> int:
+    """Number of wrong entries (identity) or of missing and surplus columns (dense).
+
+    identity(n): after the best column permutation, entries further than `tolerance` from the
+    identity. dense(k): distance between k and the number of columns that are ever above it.
+    """
+    match pattern:
+        case IdentityPattern(n=n):
+            assert ci.shape[0] == n, f"identity({n}) over {ci.shape[0]} features"
+            permuted = permute_to_identity(ci)
+            wanted = torch.eye(n, permuted.shape[1], device=ci.device)
+            return int(((permuted - wanted).abs() > tolerance).sum())
+        case DensePattern(k=k):
+            return abs(int((ci > tolerance).any(0).sum()) - k)
+
+
+@torch.no_grad()
+def mmcs_ml2r(components: LinearComponents) -> tuple[float, float]:
+    """Mean max cosine similarity and mean L2 ratio (SPD paper, table 1).
+
+    For each input feature j: the subcomponent c whose contribution U[c] V[j, c] points most along
+    W[:, j], and the ratio of its length to that of W[:, j].
+    """
+    contributions = torch.einsum("jc,co->jco", components.V, components.U)
+    weight: Float[Tensor, "d_in d_out"] = components.weight.T
+    cosine = torch.cosine_similarity(contributions, weight[:, None, :], dim=-1)
+    best, index = cosine.max(dim=1)
+    chosen = contributions[torch.arange(len(index)), index]
+    ratio = chosen.norm(dim=-1) / weight.norm(dim=-1)
+    return best.mean().item(), ratio.mean().item()

@@ -1,0 +1,110 @@
+"""Every path of a run, its status, and the one way files are written: whole or not at all."""
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Literal
+
+from spd_core.config import BaseConfig
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder `runs/RUN_ID` of one run."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def status_file(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def env_file(self) -> Path:
+        return self.path / "env.json"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def targets(self) -> Path:
+        """The store of trained targets, shared by all runs of the same out_dir."""
+        return self.path.parent.parent / "targets"
+
+
+class Status(BaseConfig):
+    state: Literal["pending", "running", "stopped", "finished", "failed", "cancelled"]
+    step: int
+    steps: int
+    heartbeat: float
+    attempt: int
+    job_id: str | None
+    host: str
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill, sees the old content or the new, never a part."""
+    with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    # A temporary file is private to its owner; the run folder may be shared by a group.
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(file.name, 0o666 & ~umask)
+    os.replace(file.name, path)
+
+
+def read_status(run_dir: RunDir) -> Status | None:
+    """The run's status, or None before it started."""
+    with suppress(FileNotFoundError):
+        return Status.model_validate_json(run_dir.status_file.read_text())
+    return None
+
+
+def write_status(run_dir: RunDir, status: Status) -> None:
+    write_atomic(run_dir.status_file, status.model_dump_json() + "\n")
+
+
+def append_metrics(run_dir: RunDir, record: dict[str, float | int | str]) -> None:
+    """Add one line to metrics.jsonl in a single write."""
+    with open(run_dir.metrics_file, "a") as file:
+        file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+
+
+def read_metrics(run_dir: RunDir) -> list[dict[str, float | int | str]]:
+    if not run_dir.metrics_file.exists():
+        return []
+    return [json.loads(line) for line in run_dir.metrics_file.read_text().splitlines()]
+
+
+def truncate_metrics(run_dir: RunDir, last_step: int) -> None:
+    """Drop what lies after `last_step`, and a half-written last line, before a run continues."""
+    if not run_dir.metrics_file.exists():
+        return
+    kept = []
+    for line in run_dir.metrics_file.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+    write_atomic(run_dir.metrics_file, "".join(line + "\n" for line in kept))

@@ -1,0 +1,39 @@
+"""One schedule for learning rates, loss coefficients and the p of importance minimality."""
+
+import math
+
+from spd_core.config import ImportanceMinimalityConfig, ScheduleConfig
+
+
+def schedule_value(schedule: ScheduleConfig, step: int, steps: int) -> float:
+    """The value at `step` of 0..steps-1; the last step has `end` exactly.
+
+    Warm-up rises linearly from 0; cosine is the half period
+    end + (start - end) (1 + cos(pi t)) / 2 over what remains.
+    """
+    n_warmup = int(schedule.warmup_fraction * steps)
+    if step < n_warmup:
+        return schedule.start * step / n_warmup
+    t = min((step - n_warmup) / max(steps - 1 - n_warmup, 1), 1.0)
+    match schedule.kind:
+        case "constant":
+            return schedule.start
+        case "linear":
+            return schedule.start + (schedule.end - schedule.start) * t
+        case "cosine":
+            return schedule.end + (schedule.start - schedule.end) * (1 + math.cos(math.pi * t)) / 2
+
+
+def coefficient(coeff: float | ScheduleConfig, step: int, steps: int) -> float:
+    return schedule_value(coeff, step, steps) if isinstance(coeff, ScheduleConfig) else coeff
+
+
+def annealed_p(config: ImportanceMinimalityConfig, step: int, steps: int) -> float:
+    """p, moving linearly to p_anneal_final_p between the two positions of training."""
+    start, end = config.p_anneal_start_frac, config.p_anneal_end_frac
+    position = step / steps
+    if position < start:
+        return config.p
+    if position >= end:
+        return config.p_anneal_final_p
+    return config.p + (config.p_anneal_final_p - config.p) * (position - start) / (end - start)

@@ -1,0 +1,129 @@
+"""python -m spd_launch +experiment=tms_5-2 [key=value ...]
+
+Compose, validate, plan, take a snapshot of the code, then run here or submit to Slurm.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from spd_launch.compose import (
+    PACKAGE_ROOT,
+    Composed,
+    cluster_names,
+    compose,
+    default_cluster,
+    experiment_names,
+)
+from spd_launch.errors import exit_with
+
+USAGE = "python -m spd_launch [-m] +experiment=NAME [key=value ...]"
+EXAMPLES = """examples:
+  python -m spd_launch +experiment=tms_5-2                            on Slurm if there is sbatch, else here
+  python -m spd_launch +experiment=tms_5-2 cluster=local train.steps=500
+  python -m spd_launch +experiment=ss_llama_simple dp=16              2 nodes x 8 GPUs
+  python -m spd_launch -m +experiment=tms_5-2 seed=0,1,2              three runs, one job array
+  python -m spd_launch +experiment=tms_5-2 launch.dry_run=true        what would be done
+  python -m spd_launch +experiment=tms_5-2 --cfg job                  the composed config
+
+afterwards:
+  python -m spd_launch.status [LAUNCH]     python -m spd_launch.logs LAUNCH [TASK] [-f]
+  python -m spd_launch.resume LAUNCH       python -m spd_launch.cancel LAUNCH [TASK]"""
+
+
+def main() -> int:
+    options = _parser().parse_intermixed_args()
+    if not any(o.lstrip("+").startswith("cluster=") for o in options.overrides):
+        print(f"cluster={default_cluster()}: {_why_default()}", file=sys.stderr)
+    composed = compose(options.overrides, options.multirun)
+    if options.cfg:
+        return _show_config(composed)
+    return launch(composed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    epilog = "\n\n".join([
+        f"experiments: {', '.join(experiment_names())}\nclusters:    {', '.join(cluster_names())}",
+        EXAMPLES,
+    ])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        "spd_launch", USAGE, "Decompose a network: here, or on a cluster.", epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as seed=1 or train.lr.start=1e-3")
+    parser.add_argument("-m", "--multirun", action="store_true", help="run every value of a=1,2 lists")
+    parser.add_argument("--cfg", choices=["job"], help="print the composed config and do nothing")
+    return parser
+
+
+def _why_default() -> str:
+    if default_cluster() == "local":
+        return "no sbatch on the PATH, so it runs here"
+    return "sbatch is on the PATH, so it goes to Slurm (cluster=local runs here)"
+
+
+def _show_config(composed: list[Composed]) -> int:
+    import yaml
+
+    print("---\n".join(yaml.safe_dump(run.values, sort_keys=False) for run in composed), end="")
+    return 0
+
+
+def launch(composed: list[Composed]) -> int:
+    """Validate every run, then send all of them or none."""
+    from spd_launch.ledger import all_or_nothing, new_launch, record
+    from spd_launch.plan import make_plan
+    from spd_launch.snapshot import Snapshot, take_snapshot
+    from spd_launch.validate import validate
+
+    runs = [(run.overrides, validate(run.values)) for run in composed]
+    options = runs[0][1].launch
+    if options.dry_run:
+        return _show_plan(make_plan(runs, "DRYRUN", "0000"))
+    plan, folder = new_launch(runs)
+    with all_or_nothing(folder, plan):
+        code = Snapshot(PACKAGE_ROOT, None)
+        if options.snapshot == "copy":
+            code = take_snapshot(PACKAGE_ROOT, folder.code, plan.launch_id, options.out_dir)
+        record(folder, plan, code.python_path, code.commit)
+        return start(folder, plan.tasks, plan.cluster.kind, code.python_path)
+
+
+def start(folder, tasks, kind: str, python_path: Path) -> int:
+    """Run here or submit; says how to follow, resume and cancel."""
+    if kind == "local":
+        from spd_launch.local import run_here
+
+        print(f"launch {folder.launch_id}: {len(tasks)} run(s) here", flush=True)
+        code = run_here(folder, tasks, python_path)
+        if code:
+            print(f"not finished; continue with: python -m spd_launch.resume {folder.launch_id}")
+        return code
+    from spd_launch.submit import submit
+
+    jobs = submit(folder, tasks, python_path)
+    ids = sorted({job.split("_")[0] for job in jobs.values()}, key=int)
+    print(f"launch  {folder.launch_id}: {len(jobs)} run(s), job {' '.join(ids)}")
+    print(f"logs    {folder.logs}")
+    for verb in ("status", "logs", "resume", "cancel"):
+        follow = " -f" if verb == "logs" else ""
+        print(f"{verb:8}python -m spd_launch.{verb} {folder.launch_id}{follow}")
+    return 0
+
+
+def _show_plan(plan) -> int:
+    for array in plan.arrays:
+        place = "here" if array.cluster.kind == "local" else f"partition {array.cluster.partition or '(default)'}"
+        print(
+            f"cluster={array.cluster.name}, {place}: {len(array.tasks)} run(s), each "
+            f"{array.nodes} node(s) x {array.tasks_per_node} process(es), {array.cluster.time_min} min"
+        )
+        for task in array.tasks:
+            typed = " ".join(f"{key}={value}" for key, value in task.overrides.items())
+            print(f"  {task.run_id}   {typed}")
+    print("dry run: nothing written, nothing sent")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,49 @@
+"""python -m spd_launch.cancel LAUNCH [TASK]: end its jobs; nothing continues them but `resume`."""
+
+import os
+import signal
+import time
+
+from spd_launch import ledger, slurm_state
+from spd_launch.errors import exit_with
+from spd_launch.ledger import LaunchDir
+from spd_launch.observe import Observed, observe, parser
+
+
+def main() -> int:
+    options = parser(__doc__ or "")
+    options.add_argument("task", nargs="?", help="index or part of the run id; default: all")
+    given = options.parse_args()
+    launch = ledger.find_launch(given.launch, given.out_dir)
+    tasks = ledger.read_tasks(launch)
+    if given.task is not None:
+        tasks = [ledger.find_task(tasks, given.task)]
+    rows = [row for row in observe(launch, tasks) if row.state != "finished"]
+    live = [row for row in rows if row.live]
+    ledger.note_jobs(launch, "cancel", {row.task.run_id: row.job_id for row in live})
+    _end(launch, live)
+    # Only now: a run that is being ended still saves, and says that it stopped.
+    for row in rows:
+        if row.status.state != "failed":
+            ledger.mark(launch.run_dir(row.task.run_id), "cancelled")
+    print(f"cancelled {len(live)} live run(s) of {launch.launch_id}")
+    return 0
+
+
+def _end(launch: LaunchDir, rows: list[Observed], timeout_s: float = 120) -> None:
+    if ledger.read_info(launch)["kind"] == "local":
+        for pid in {int(row.job_id.split("-")[-1]) for row in rows}:
+            os.kill(pid, signal.SIGTERM)
+        return
+    ids = {row.job_id for row in rows}
+    slurm_state.cancel_jobs(sorted(ids))
+    deadline = time.monotonic() + timeout_s
+    while ids & set(slurm_state.live_jobs(launch.launch_id)):
+        if time.monotonic() > deadline:
+            print(f"Slurm has not ended all of them after {timeout_s:.0f} s")
+            return
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    exit_with(main)

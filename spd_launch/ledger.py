@@ -1,0 +1,245 @@
+"""What was launched, on disk (DESIGN.md, "On disk"): plain files, each written whole or appended to.
+
+A launch is one execution of one command; a run is one trained thing. `jobs.jsonl` gets a line for
+each submission, local execution and cancellation, so a run's history stays readable.
+"""
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spd_core.config import RunConfig, config_digest, config_to_yaml, load_config
+from spd_core.run_dir import RunDir, Status, read_status, write_atomic, write_status
+from spd_launch.errors import LaunchError, nearest
+from spd_launch.plan import LaunchPlan, Task, make_plan, shape
+
+
+@dataclass(frozen=True)
+class LaunchDir:
+    """The folder launches/LAUNCH_ID and every path in it."""
+
+    path: Path
+
+    @property
+    def launch_id(self) -> str:
+        return self.path.name
+
+    @property
+    def launch_file(self) -> Path:
+        return self.path / "launch.yaml"
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def tasks_file(self) -> Path:
+        return self.path / "tasks.jsonl"
+
+    @property
+    def jobs_file(self) -> Path:
+        return self.path / "jobs.jsonl"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def run_dir(self, run_id: str) -> RunDir:
+        return RunDir(self.path.parent.parent / "runs" / run_id)
+
+
+def new_launch(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> tuple[LaunchPlan, LaunchDir]:
+    """Plan under a name that nobody has, and claim it with its folders.
+
+    Raises:
+        LaunchError: the plan is impossible, or out_dir cannot be written.
+    """
+    out_dir = runs[0][1].launch.out_dir
+    for _ in range(100):
+        plan = make_plan(runs, time.strftime("%Y%m%d-%H%M%S"), secrets.token_hex(2))
+        launch = LaunchDir(out_dir / "launches" / plan.launch_id)
+        try:
+            _claim(launch, plan)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise LaunchError(
+                f"cannot write {error.filename or out_dir}: {error.strerror}; "
+                "choose another folder with launch.out_dir=... or SPD_OUT_DIR"
+            ) from None
+        return plan, launch
+    raise RuntimeError(f"no free launch name in {out_dir} after 100 tries")
+
+
+def _claim(launch: LaunchDir, plan: LaunchPlan) -> None:
+    made: list[Path] = []
+    try:
+        for path in [launch.path, *(launch.run_dir(task.run_id).path for task in plan.tasks)]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+            made.append(path)
+        launch.logs.mkdir()  # Slurm drops the output of a job whose log folder is missing
+    except OSError:
+        for path in made:
+            shutil.rmtree(path)
+        raise
+
+
+@contextmanager
+def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
+    """An error before anything ran leaves no folders behind."""
+    try:
+        yield
+    except BaseException:
+        if not launch.jobs_file.exists():
+            for path in [launch.path, *(launch.run_dir(task.run_id).path for task in plan.tasks)]:
+                shutil.rmtree(path)
+        raise
+
+
+def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str | None) -> None:
+    """Write what is launched, and every run's frozen config: all before the first submission."""
+    info = {
+        "launch_id": plan.launch_id,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "cwd": str(Path.cwd()),
+        "host": socket.gethostname(),
+        "python": sys.executable,
+        "python_path": str(python_path),
+        "commit": commit,
+        "kind": plan.cluster.kind,
+    }
+    for task in plan.tasks:
+        run_dir = launch.run_dir(task.run_id)
+        write_atomic(run_dir.config_file, config_to_yaml(task.config))
+        mark(run_dir, "pending")
+    write_atomic(launch.tasks_file, "".join(json.dumps(_row(t)) + "\n" for t in plan.tasks))
+    write_atomic(launch.plan_file, json.dumps(describe(plan), indent=1) + "\n")
+    write_atomic(launch.launch_file, yaml.safe_dump(info, sort_keys=False))
+
+
+def _row(task: Task) -> dict[str, Any]:
+    return {
+        "index": task.index,
+        "run_id": task.run_id,
+        "overrides": task.overrides,
+        "digest": config_digest(task.config),
+    }
+
+
+def describe(plan: LaunchPlan) -> dict[str, Any]:
+    """The plan as plain data."""
+    arrays = [
+        {
+            "cluster": array.cluster.name,
+            "nodes": array.nodes,
+            "tasks_per_node": array.tasks_per_node,
+            "runs": [task.run_id for task in array.tasks],
+        }
+        for array in plan.arrays
+    ]
+    return {"launch_id": plan.launch_id, "arrays": arrays}
+
+
+def mark(run_dir: RunDir, state: str) -> None:
+    """Set a run's state from outside; step and attempt stay."""
+    old = read_status(run_dir)
+    fields = old.model_dump() if old else _blank(load_config(run_dir.config_file))
+    write_status(run_dir, Status.model_validate({**fields, "state": state}))
+
+
+def _blank(config: RunConfig) -> dict[str, Any]:
+    return {
+        "step": 0, "steps": config.train.steps, "heartbeat": time.time(),
+        "attempt": 0, "job_id": None, "host": "",
+    }  # fmt: skip
+
+
+def note_jobs(launch: LaunchDir, kind: str, jobs: dict[str, str]) -> None:
+    """Append one line: kind (submit, local, cancel) and run id -> job id."""
+    line = {"kind": kind, "time": time.time(), "host": socket.gethostname(), "jobs": jobs}
+    with open(launch.jobs_file, "a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def latest_jobs(launch: LaunchDir) -> dict[str, str]:
+    """run id -> the job it was last given."""
+    jobs: dict[str, str] = {}
+    if launch.jobs_file.exists():
+        for line in launch.jobs_file.read_text().splitlines():
+            entry = json.loads(line)
+            jobs.update(entry["jobs"] if entry["kind"] != "cancel" else {})
+    return jobs
+
+
+def read_info(launch: LaunchDir) -> dict[str, Any]:
+    return yaml.safe_load(launch.launch_file.read_text())
+
+
+def read_tasks(launch: LaunchDir) -> list[Task]:
+    tasks = []
+    for line in launch.tasks_file.read_text().splitlines():
+        row = json.loads(line)
+        config = load_config(launch.run_dir(row["run_id"]).config_file)
+        size = shape(config.cluster, config.dp)
+        tasks.append(Task(row["index"], row["run_id"], row["overrides"], config, *size))
+    return tasks
+
+
+def default_out_dir() -> Path:
+    return Path(os.environ.get("SPD_OUT_DIR", "outputs")).expanduser().absolute()
+
+
+def all_launches(out_dir: Path) -> list[LaunchDir]:
+    """Oldest first."""
+    files = sorted(out_dir.glob("launches/*/launch.yaml"), key=lambda f: f.stat().st_mtime_ns)
+    return [LaunchDir(file.parent) for file in files]
+
+
+def find_launch(name: str, out_dir: Path) -> LaunchDir:
+    """The launch that a unique prefix, a unique ending, or `latest` names.
+
+    Raises:
+        LaunchError: none or several.
+    """
+    launches = all_launches(out_dir)
+    if not launches:
+        raise LaunchError(f"no launches in {out_dir}; SPD_OUT_DIR or --out-dir names another folder")
+    if name == "latest":
+        return launches[-1]
+    ids = [launch.launch_id for launch in launches]
+    found = [x for x in launches if x.launch_id.startswith(name) or x.launch_id.endswith(name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise LaunchError(f"{name!r} names {len(found)} launches: {', '.join(x.launch_id for x in found)}")
+    raise LaunchError(f"no launch {name!r} in {out_dir}{nearest(name, ids)}")
+
+
+def find_task(tasks: Sequence[Task], name: str) -> Task:
+    """The task with this index or this unique part of its run id."""
+    found = [t for t in tasks if name == str(t.index) or name == t.run_id]
+    found = found or [t for t in tasks if name in t.run_id]
+    if len(found) == 1:
+        return found[0]
+    several = f"names {len(found)} runs" if found else "names no run"
+    raise LaunchError(f"{name!r} {several} of this launch{nearest(name, [t.run_id for t in tasks])}")

@@ -1,0 +1,95 @@
+"""Runs on this machine: dp processes of the command that Slurm would start, one run after another."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Iterator
+
+from spd_launch.ledger import LaunchDir, note_jobs
+from spd_launch.plan import Task
+from spd_launch.task import STOPPED, rank_environment
+
+
+def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int:
+    """Run the tasks; returns 0 if all finished, else the exit code of the first that did not.
+
+    Ctrl-C saves, ends the present run and leaves the others for `resume`.
+    """
+    job_id = f"local-{os.getpid()}"
+    note_jobs(launch, "local", {task.run_id: job_id for task in tasks})
+    worst = 0
+    with _term_is_interrupt():
+        for task in tasks:
+            if len(tasks) > 1:
+                print(f"[{task.index + 1}/{len(tasks)}] {task.run_id}", flush=True)
+            code = _run_one(launch, task, python_path, job_id)
+            if code == STOPPED:
+                return code
+            worst = worst or code
+    return worst
+
+
+def _run_one(launch: LaunchDir, task: Task, python_path: Path, job_id: str) -> int:
+    dp = task.config.dp
+    path = str(launch.run_dir(task.run_id).path)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "spd_launch.task", path],
+            env={
+                **os.environ,
+                **rank_environment(task.config.cluster, python_path),
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(dp)},
+                "SPD_JOB_ID": f"{job_id}-{task.index}",
+            },
+        )
+        for rank in range(dp)
+    ]
+    try:
+        return _wait(ranks)
+    except KeyboardInterrupt:
+        return _interrupt(ranks)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; one that dies ends the others, which would wait for it for ever."""
+    while any(rank.poll() is None for rank in ranks):
+        if any(rank.returncode not in (None, 0, STOPPED) for rank in ranks):
+            _end(ranks, grace_s=5)
+        time.sleep(0.05)
+    codes = [rank.returncode for rank in ranks]
+    return next((c if c > 0 else 128 - c for c in codes if c), 0)
+
+
+def _interrupt(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Let the ranks save; a second Ctrl-C does not wait for that."""
+    print("\nstopping: saving a checkpoint (Ctrl-C again to stop at once)", flush=True)
+    with suppress(KeyboardInterrupt):
+        _end(ranks, grace_s=120)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    return STOPPED
+
+
+def _end(ranks: list[subprocess.Popen[bytes]], grace_s: float) -> None:
+    for rank in ranks:
+        rank.terminate()
+    deadline = time.monotonic() + grace_s
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for rank in ranks:
+        rank.kill()
+
+
+@contextmanager
+def _term_is_interrupt() -> Iterator[None]:
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)

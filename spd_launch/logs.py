@@ -1,0 +1,64 @@
+"""python -m spd_launch.logs LAUNCH [TASK] [--rank R] [-f]: where a run's log is, and what it says."""
+
+import sys
+import time
+from pathlib import Path
+
+from spd_core.run_dir import read_status
+from spd_launch import ledger
+from spd_launch.errors import LaunchError, exit_with
+from spd_launch.ledger import LaunchDir
+from spd_launch.observe import parser
+from spd_launch.plan import Task
+
+
+def main() -> int:
+    options = parser(__doc__ or "")
+    options.add_argument("task", nargs="?", help="index or part of the run id; default: all")
+    options.add_argument("--rank", type=int, default=0)
+    options.add_argument("-f", "--follow", action="store_true", help="until the run has ended")
+    given = options.parse_args()
+    launch = ledger.find_launch(given.launch, given.out_dir)
+    if ledger.read_info(launch)["kind"] == "local":
+        raise LaunchError(f"{launch.launch_id} ran in a terminal, which kept its output")
+    tasks = ledger.read_tasks(launch)
+    if given.task is None and len(tasks) > 1 and not given.follow:
+        for task in tasks:
+            print(f"{task.index:4}  {task.run_id}  {log_file(launch, task, given.rank)}")
+        return 0
+    task = ledger.find_task(tasks, given.task or "0")
+    file = log_file(launch, task, given.rank)
+    print(f"==> {file} <==", flush=True)
+    if given.follow:
+        _follow(file, launch, task)
+    elif file.exists():
+        sys.stdout.write(file.read_text(errors="replace"))
+    else:
+        print("not there yet: the job has not started")
+    return 0
+
+
+def log_file(launch: LaunchDir, task: Task, rank: int) -> Path:
+    """The log of the run's last job; attempts of one job append to one file."""
+    job_id = ledger.latest_jobs(launch)[task.run_id]
+    return launch.logs / f"{job_id}_{rank}_log.out"
+
+
+def _follow(file: Path, launch: LaunchDir, task: Task) -> None:
+    position = 0
+    while True:
+        status = read_status(launch.run_dir(task.run_id))
+        over = status is not None and status.state in ("finished", "failed", "cancelled")
+        if file.exists():
+            with open(file, errors="replace") as opened:
+                opened.seek(position)
+                sys.stdout.write(opened.read())
+                sys.stdout.flush()
+                position = opened.tell()
+        if over:
+            return
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    exit_with(main)

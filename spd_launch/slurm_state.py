@@ -1,0 +1,70 @@
+"""Questions to Slurm, each ONE call for a whole launch: squeue for what lives, sacct for what ended.
+
+Jobs carry the launch id as their name, which finds them also when a reply of sbatch was lost.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass
+
+from spd_launch.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class LiveJob:
+    state: str  # Slurm's word, such as RUNNING or PENDING; any job that squeue shows lives
+    where: str  # the nodes, or why it waits
+
+
+def live_jobs(launch_id: str) -> dict[str, LiveJob]:
+    """Job id (12 or 12_3) -> its state, for every job of the launch that is not over."""
+    jobs = {}
+    ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+    for line in _slurm("squeue", "-h", "-r", f"--name={launch_id}", "-o", "%i|%T|%R").splitlines():
+        job_id, state, where = line.split("|", 2)
+        if state not in ended:
+            jobs[job_id] = LiveJob(state, where)
+    return jobs
+
+
+def ended_jobs(job_ids: list[str]) -> dict[str, str]:
+    """Job id -> the state that accounting keeps; empty where there is no accounting."""
+    if not job_ids:
+        return {}
+    base = ",".join(sorted({job_id.split("_")[0] for job_id in job_ids}))
+    try:
+        lines = _slurm("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", base).splitlines()
+    except LaunchError:
+        return {}
+    return {job_id: state for job_id, state in (line.split("|", 1) for line in lines)}
+
+
+def cancel_jobs(job_ids: list[str]) -> None:
+    """Pending ones first, so that none starts in the place of one that is being killed."""
+    if job_ids:
+        _slurm("scancel", "--state=PENDING", *job_ids)
+        _slurm("scancel", *job_ids)
+
+
+def array_limit() -> int:
+    """The most tasks of one array on this cluster."""
+    config = _slurm("scontrol", "show", "config")
+    limits = re.findall(r"^MaxArraySize\s*=\s*(\d+)|max_array_tasks=(\d+)", config, re.MULTILINE)
+    return max(1, min(int(a or b) for a, b in limits))
+
+
+def partitions() -> list[str]:
+    return sorted(set(_slurm("sinfo", "-h", "-o", "%R").split()))
+
+
+def _slurm(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        raise LaunchError(
+            f"{command[0]} is not on the PATH, so this machine is not a Slurm cluster's; "
+            "cluster=local runs here"
+        ) from None
+    if done.returncode:
+        raise LaunchError(f"{command[0]}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout

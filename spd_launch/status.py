@@ -1,0 +1,73 @@
+"""python -m spd_launch.status [LAUNCH] [--watch]: the launches, or the runs of one."""
+
+import time
+from collections import Counter
+from pathlib import Path
+
+from spd_core.run_dir import read_status
+from spd_launch import ledger
+from spd_launch.errors import exit_with
+from spd_launch.ledger import LaunchDir
+from spd_launch.observe import Observed, observe, parser
+
+
+def main() -> int:
+    options = parser(__doc__ or "", launch_required=False)
+    options.add_argument("--watch", action="store_true", help="repeat until nothing is live")
+    given = options.parse_args()
+    if given.launch is None:
+        return _list(given.out_dir)
+    launch = ledger.find_launch(given.launch, given.out_dir)
+    tasks = ledger.read_tasks(launch)
+    while True:
+        rows = observe(launch, tasks)
+        _print_runs(launch, rows)
+        if not given.watch or not any(row.live for row in rows):
+            return 0
+        time.sleep(5)
+
+
+def _list(out_dir: Path) -> int:
+    """From the files alone: one line for each launch."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("launch", "runs", "states", title=str(out_dir), title_justify="left")
+    for launch in ledger.all_launches(out_dir):
+        tasks = ledger.read_tasks(launch)
+        statuses = [read_status(launch.run_dir(task.run_id)) for task in tasks]
+        counts = Counter(status.state for status in statuses if status)
+        states = ", ".join(f"{n} {state}" for state, n in counts.most_common())
+        table.add_row(launch.launch_id, str(len(tasks)), states)
+    Console().print(table)
+    return 0
+
+
+def _print_runs(launch: LaunchDir, rows: list[Observed]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{launch.launch_id}  ({ledger.read_info(launch)['kind']})"
+    table = Table("#", "run", "state", "step", "seen", "attempt", "job", "where", title=title, title_justify="left")
+    colours = {"finished": "green", "failed": "red", "running": "cyan"}
+    for row in rows:
+        status = row.status
+        seen = f"{_ago(status.heartbeat)} ago" if status.attempt else "-"
+        colour = colours.get(row.state, "yellow")
+        table.add_row(
+            str(row.task.index), row.task.run_id, f"[{colour}]{row.state}[/]",
+            f"{status.step}/{status.steps}", seen, str(status.attempt), row.job_id, row.where,
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _ago(moment: float) -> str:
+    seconds = max(0, int(time.time() - moment))
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+if __name__ == "__main__":
+    exit_with(main)

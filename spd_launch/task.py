@@ -1,0 +1,202 @@
+"""What one rank does, on a node or here: environment, meeting, signals, then the training core.
+
+    python -m spd_launch.task RUN_DIR        one local rank (RANK, WORLD_SIZE, LOCAL_RANK)
+
+On Slurm, submitit calls `run` in each task of a job. Signals:
+USR2 (the time limit is near)      save together, then rank 0 requeues the job.
+TERM (preemption, or scancel)      save together, then WAIT to be killed: who exits in the grace
+                                   period counts as completed and is never requeued by Slurm, and
+                                   a cancelled job must not requeue itself.
+Locally, INT and TERM save and exit with 130.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from spd_core.config import ClusterConfig, RunConfig, load_config
+from spd_core.run_dir import RunDir, read_status
+from spd_launch.errors import LaunchError, exit_with
+from spd_launch.ledger import mark
+from spd_launch.ports import Meeting, await_meeting, free_port, publish
+
+STOPPED = 130  # exit code of a local run that was asked to stop
+
+
+def rank_environment(cluster: ClusterConfig, python_path: Path) -> dict[str, str]:
+    """The environment of every rank, here and on a cluster; the profile has the last word."""
+    inherited = os.environ.get("PYTHONPATH")
+    return {
+        "PYTHONPATH": f"{python_path}:{inherited}" if inherited else str(python_path),
+        "PYTHONSAFEPATH": "1",  # else the current directory comes before the snapshot
+        "PYTHONUNBUFFERED": "1",
+        "SPD_CODE": str(python_path),
+        "OMP_NUM_THREADS": str(cluster.cpus_per_task),
+        "NCCL_DEBUG": "WARN",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        **cluster.env,
+    }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: its rank, and which attempt of which job it belongs to."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    nodes: int
+    job_id: str
+    restart: int
+
+
+def place_from_environment(kind: str) -> Place:
+    env = os.environ
+    if kind == "local":
+        job = env.get("SPD_JOB_ID", f"local-{os.getpid()}")
+        rank, size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+        return Place(rank, size, int(env.get("LOCAL_RANK", "0")), nodes=1, job_id=job, restart=0)
+    array = env.get("SLURM_ARRAY_JOB_ID")
+    return Place(
+        rank=int(env["SLURM_PROCID"]),
+        world_size=int(env["SLURM_NTASKS"]),
+        local_rank=int(env["SLURM_LOCALID"]),
+        nodes=int(env["SLURM_JOB_NUM_NODES"]),
+        job_id=f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"],
+        restart=int(env.get("SLURM_RESTART_COUNT", "0")),
+    )
+
+
+class Stop:
+    """Set by signals, asked by the training loop; a handler does nothing else."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        # Replaces submitit's handlers, which requeue from inside the handler.
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, _frame: object) -> None:
+        if self.signal != signal.SIGTERM:  # TERM outranks: the job must not requeue itself
+            self.signal = number
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+
+def run(path: str) -> None:
+    """Train the run in this folder, from its newest checkpoint if it has one.
+
+    An exception marks the run failed and leaves the process with a non-zero code.
+    """
+    stop = Stop()
+    os.umask(0o002)
+    _check_code()
+    run_dir = RunDir(Path(path))
+    config = load_config(run_dir.config_file)
+    place = place_from_environment(config.cluster.kind)
+    status = read_status(run_dir)
+    if status is not None and status.state == "finished":
+        print(f"{run_dir.path.name} is finished already")
+        return
+    try:
+        outcome = _train(config, run_dir, place, stop)
+    except Exception:
+        mark(run_dir, "failed")
+        raise
+    if outcome == "stopped":
+        _leave(config, place, stop)
+
+
+def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
+    from spd_core import distributed
+    from spd_core.train import train
+
+    meeting = _meet(run_dir, place)
+    dist = distributed.init(
+        place.rank, place.world_size, place.local_rank,
+        meeting.address, meeting.port, config.train.device,
+    )  # fmt: skip
+    outcome = train(config, run_dir, dist, stop, meeting.attempt, place.job_id)
+    if outcome == "finished":
+        if place.rank == 0:
+            _report(run_dir)
+        distributed.barrier(dist)  # srun --wait ends a job a minute after its first rank left
+        distributed.shutdown()
+    return outcome
+
+
+def _meet(run_dir: RunDir, place: Place) -> Meeting:
+    file = run_dir.path / f"meeting-{place.job_id}-{place.restart}.json"
+    if place.rank:
+        return await_meeting(file)
+    status = read_status(run_dir)
+    address = "127.0.0.1" if place.nodes == 1 else os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    port = free_port(run_dir.path.name, place.restart)
+    meeting = Meeting(address, port, 1 + (status.attempt if status else 0))
+    if place.world_size > 1:
+        publish(file, meeting)
+    return meeting
+
+
+def _report(run_dir: RunDir) -> None:
+    from spd_analysis.report import write_report
+    from spd_analysis.summary import print_summary
+
+    print_summary(run_dir)
+    print(f"run     {run_dir.path}\nreport  {write_report(run_dir)}", flush=True)
+
+
+def _check_code() -> None:
+    """The imported packages are the snapshot's, not what lies in another place of sys.path."""
+    import spd_core
+
+    code = Path(os.environ.get("SPD_CODE", Path(__file__).parent.parent)).resolve()
+    for file in (__file__, spd_core.__file__):
+        if not Path(str(file)).resolve().is_relative_to(code):
+            raise RuntimeError(f"{file} was imported, which is not in the launch's code, {code}")
+
+
+def _leave(config: RunConfig, place: Place, stop: Stop) -> NoReturn:
+    """After a save: wait for Slurm's kill, having asked for another turn if time ran out."""
+    if config.cluster.kind == "local":
+        sys.exit(STOPPED)
+    _wait_for_reason(stop)
+    if stop.signal == signal.SIGUSR2 and place.rank == 0:
+        again = config.cluster.requeue == "on" and place.restart < config.launch.max_requeues
+        if not again:
+            print(f"time limit reached after {place.restart} requeues; not requeued again")
+            sys.exit(1)
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True, timeout=60)
+        print(f"saved; requeued, {place.restart + 1} of {config.launch.max_requeues}", flush=True)
+    time.sleep(3600)
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _wait_for_reason(stop: Stop) -> None:
+    """All ranks stop together, but this one's own signal may be a moment late."""
+    deadline = time.monotonic() + 60
+    while not stop() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        raise LaunchError("usage: python -m spd_launch.task RUN_DIR")
+    try:
+        run(sys.argv[1])
+    except ValueError as error:  # the core's word for what a user asked wrongly
+        if os.environ.get("SPD_TRACEBACK") == "1":
+            raise
+        raise LaunchError(f"{error}  (SPD_TRACEBACK=1 shows where)") from None
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

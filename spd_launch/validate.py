@@ -1,0 +1,104 @@
+"""Composed values -> RunConfig, with errors that name the field, the value and the nearest name."""
+
+from fnmatch import fnmatch
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from spd_core.config import RunConfig
+from spd_launch.errors import LaunchError, nearest
+
+# Modules of targets that are known without building them; the others are checked by the task.
+KNOWN_MODULES = {"tms": ("linear1", "linear2")}
+
+
+def validate(values: dict[str, Any]) -> RunConfig:
+    """Check one run before anything is sent.
+
+    Raises:
+        LaunchError: one line per wrong field.
+    """
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines: dict[str, str] = {}  # a union reports once per member: the first one is enough
+        for details in error.errors(include_url=False):
+            path = _path(details, values)
+            lines.setdefault(".".join(path), _line(details, path))
+        raise LaunchError("\n       ".join(lines.values())) from None
+    _check_patterns(config)
+    if config.cluster.kind == "slurm" and config.cluster.signal_delay_s >= 60 * config.cluster.time_min:
+        raise LaunchError(
+            f"cluster.signal_delay_s={config.cluster.signal_delay_s} is no less than the time limit, "
+            f"cluster.time_min={config.cluster.time_min} min: the job would stop as it starts"
+        )
+    return config
+
+
+def _line(details: ErrorDetails, path: list[str]) -> str:
+    name, given = ".".join(path), details["input"]
+    if details["type"] == "extra_forbidden":
+        parent = ".".join(path[:-1])
+        where = f"in {parent}" if parent else "at the top level"
+        return f"{name}={given}: no field {path[-1]!r} {where}{nearest(path[-1], _names(path[:-1]))}"
+    if details["type"] == "missing" or given == "???":
+        return f"{name}: needs a value, {name}=..."
+    message = details["msg"].removeprefix("Value error, ")
+    if isinstance(given, dict):  # a check over several fields names them itself
+        return f"{name}: {message}" if name else message
+    return f"{name}={given}: {message[0].lower()}{message[1:]}"
+
+
+def _path(details: ErrorDetails, values: Any) -> list[str]:
+    """The place of an error as the user writes it: without pydantic's names of union members."""
+    path = []
+    for part in details["loc"]:
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and isinstance(part, int):
+            values = values[part]
+        elif details["type"] != "missing" or part != details["loc"][-1]:
+            continue
+        path.append(str(part))
+    return path
+
+
+def _names(path: list[str]) -> set[str]:
+    """The fields that the schema has at this place."""
+    types: list[Any] = [RunConfig]
+    for key in path:
+        types = [inner for outer in types for inner in _inside(outer, key)]
+    models = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
+    return {name for model in models for name in model.model_fields}
+
+
+def _inside(outer: Any, key: str) -> list[Any]:
+    origin = get_origin(outer)
+    if origin is dict:
+        return _members(get_args(outer)[1])
+    if origin is list:
+        return _members(get_args(outer)[0])
+    if isinstance(outer, type) and issubclass(outer, BaseModel) and key in outer.model_fields:
+        return _members(outer.model_fields[key].annotation)
+    return []
+
+
+def _members(annotation: Any) -> list[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [inner for arg in get_args(annotation) for inner in _members(arg)]
+    return [annotation]
+
+
+def _check_patterns(config: RunConfig) -> None:
+    known = KNOWN_MODULES.get(config.target.kind)
+    for pattern in config.decompose.modules if known else ():
+        if not any(fnmatch(module, pattern) for module in known or ()):
+            raise LaunchError(
+                f"decompose.modules: {pattern!r} matches no module of the "
+                f"{config.target.kind} target{nearest(pattern, known or ())}"
+            )
