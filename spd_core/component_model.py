@@ -135,12 +135,26 @@ class ComponentModel(nn.Module):
         """Causal importances of every module; `noise` jitters them under binomial sampling."""
         result = {}
         for name, x in inputs.items():
-            components = self.components[name]
-            g = self.ci_fns[name](x, components.inner_acts(x))
+            g = self._pre_sigmoid(name, x)
             binomial = self.config.sampling == "binomial" and noise is not None
             jitter = noise.uniform(*g.shape[1:]) if binomial else None
             result[name] = apply_sigmoid(g, self.config.sigmoid, jitter)
         return result
+
+    def _pre_sigmoid(self, name: str, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... C"]:
+        """The ci_fn's output, computed once for all positions whose input is zero.
+
+        Most positions of sparse toy data are; skipping them would make a GPU wait for the count.
+        """
+        components, ci_fn = self.components[name], self.ci_fns[name]
+        flat = x.reshape(-1, x.shape[-1])
+        if x.device.type == "cuda" or len(active := flat.any(-1).nonzero()[:, 0]) > len(flat) // 2:
+            return ci_fn(x, components.inner_acts(x))
+        distinct = torch.cat([flat.new_zeros(1, flat.shape[1]), flat[active]])
+        g = ci_fn(distinct, components.inner_acts(distinct))
+        place = torch.zeros(len(flat), dtype=torch.long)
+        place[active] = torch.arange(1, len(distinct))
+        return g[place].reshape(*x.shape[:-1], -1)
 
     @contextmanager
     def _hooks(self, hooks: dict[str, Any]) -> Iterator[None]:

@@ -226,13 +226,19 @@ class IdentityCiErrorConfig(MetricConfig):
     modules: dict[str, SolutionPattern] = Field(min_length=1)
 
 
+class MmcsMl2rConfig(MetricConfig):
+    """Which side of each module's weight holds the features that are compared."""
+
+    modules: dict[str, Literal["features_in", "features_out"]] = Field(min_length=1)
+
+
 class MetricsConfig(BaseConfig):
     """Metrics by name; one that is absent (null) is not computed."""
 
     ci_l0: CiL0Config | None = None
     losses: PlainMetricConfig | None = None
     identity_ci_error: IdentityCiErrorConfig | None = None
-    mmcs_ml2r: PlainMetricConfig | None = None
+    mmcs_ml2r: MmcsMl2rConfig | None = None
     ci_histograms: PlainMetricConfig | None = None
     component_activation_density: DensityConfig | None = None
     ci_mean_per_component: PlainMetricConfig | None = None

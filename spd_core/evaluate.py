@@ -55,18 +55,15 @@ def evaluate(
             result[f"eval/ci_l0_{metrics.ci_l0.threshold}/{name}"] = l0
     single_ci = single_feature_ci(model, config.target.n_features, dist.device)
     if metrics.identity_ci_error is not None and _due(metrics.identity_ci_error, when):
+        _check_decomposed("identity_ci_error", list(metrics.identity_ci_error.modules), model)
         for name, pattern in metrics.identity_ci_error.modules.items():
-            if name not in single_ci:
-                raise ValueError(
-                    f"eval.metrics.identity_ci_error.modules names {name!r}, which is not "
-                    f"decomposed; decomposed are {', '.join(single_ci)}"
-                )
             result[f"eval/identity_ci_error/{name}"] = identity_ci_error(
                 single_ci[name], pattern, metrics.identity_ci_error.tolerance
             )
-    if _due(metrics.mmcs_ml2r, when):
-        for name, components in model.components.items():
-            mmcs, ml2r = mmcs_ml2r(components)
+    if metrics.mmcs_ml2r is not None and _due(metrics.mmcs_ml2r, when):
+        _check_decomposed("mmcs_ml2r", list(metrics.mmcs_ml2r.modules), model)
+        for name, side in metrics.mmcs_ml2r.modules.items():
+            mmcs, ml2r = mmcs_ml2r(model.components[name], side)
             result |= {f"eval/mmcs/{name}": mmcs, f"eval/ml2r/{name}": ml2r}
     if dist.is_main:
         _draw(config, model, single_ci, statistics, when, figures)
@@ -75,6 +72,15 @@ def evaluate(
 
 def _due(metric: MetricConfig | None, when: Literal["fast", "slow"]) -> bool:
     return metric is not None and (when == "slow" or metric.when == "fast")
+
+
+def _check_decomposed(metric: str, names: list[str], model: ComponentModel) -> None:
+    for name in names:
+        if name not in model.components:
+            raise ValueError(
+                f"eval.metrics.{metric}.modules names {name!r}, which is not decomposed; "
+                f"decomposed are {', '.join(model.components)}"
+            )
 
 
 def _run_batches(

@@ -149,8 +149,8 @@ def _report(run_dir: RunDir) -> None:
     from spd_analysis.report import write_report
     from spd_analysis.summary import print_summary
 
+    write_report(run_dir)
     print_summary(run_dir)
-    print(f"run     {run_dir.path}\nreport  {write_report(run_dir)}", flush=True)
 
 
 def _check_code() -> None:

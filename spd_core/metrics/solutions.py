@@ -1,5 +1,7 @@
 """Known answers: how far a decomposition is from the solution that we know is right."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
@@ -49,16 +51,23 @@ def identity_ci_error(
 
 
 @torch.no_grad()
-def mmcs_ml2r(components: LinearComponents) -> tuple[float, float]:
+def mmcs_ml2r(
+    components: LinearComponents, side: Literal["features_in", "features_out"]
+) -> tuple[float, float]:
     """Mean max cosine similarity and mean L2 ratio (SPD paper, table 1).
 
-    For each input feature j: the subcomponent c whose contribution U[c] V[j, c] points most along
-    W[:, j], and the ratio of its length to that of W[:, j].
+    For each feature j: the subcomponent c whose contribution U[c] V[j, c] points most along
+    W[:, j], and the ratio of its length to that of W[:, j]. With `features_out` the features are
+    the rows of W, and V and U change places.
     """
-    contributions = torch.einsum("jc,co->jco", components.V, components.U)
-    weight: Float[Tensor, "d_in d_out"] = components.weight.T
+    match side:
+        case "features_in":
+            features, other, weight = components.V, components.U, components.weight.T
+        case "features_out":
+            features, other, weight = components.U.T, components.V.T, components.weight
+    contributions: Float[Tensor, "n_features C d"] = torch.einsum("jc,cd->jcd", features, other)
     cosine = torch.cosine_similarity(contributions, weight[:, None, :], dim=-1)
     best, index = cosine.max(dim=1)
-    chosen = contributions[torch.arange(len(index)), index]
+    chosen = contributions[torch.arange(len(index), device=index.device), index]
     ratio = chosen.norm(dim=-1) / weight.norm(dim=-1)
     return best.mean().item(), ratio.mean().item()

@@ -1,9 +1,9 @@
 """A four-node Slurm on one machine, for tests: `python slurm_cluster.py up|down|status`.
 
-Each node is a network namespace (spd-node1 .. spd-node4) with its own host name, so multi-node jobs
-really cross hosts; all of them see the same files. The controller, munge and the accounting database
-live in a fifth namespace, spd-ctl, which also holds the bridge. Nothing is touched outside the state
-folder but the lines marked in /etc/hosts and the link /etc/slurm/slurm.conf. Needs root.
+Each node is a network namespace (spd-node1 .. spd-node4) with its own host name, so multi-node
+jobs really cross hosts; all of them see the same files. The controller, munge and the accounting
+database live in a fifth namespace, spd-ctl, which also holds the bridge. Nothing is touched outside
+the state folder but marked lines in /etc/hosts and the link /etc/slurm/slurm.conf. Needs root.
 
     python slurm_cluster.py up --max-array-size 10 --set KillOnBadExit=1
     ip -n spd-node2 link set eth0 down      # cuts node2 off until it is set up again
@@ -40,60 +40,30 @@ SYSTEM_CONF = Path("/etc/slurm/slurm.conf")  # read by sbatch when SLURM_CONF is
 HOSTS, HOSTS_MARK = Path("/etc/hosts"), "# spd-slurm"
 LOCK = Path("/run/spd-slurm.lock")
 
-PACKAGES = {
-    "ip": "iproute2",
-    "munged": "munge",
-    "sinfo": "slurm-client",
-    "slurmctld": "slurmctld",
-    "slurmd": "slurmd",
-}
+# A login shell's PATH may lack the folders of daemons.
+PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/local/sbin:/usr/sbin:/sbin"
+PACKAGES = {"ip": "iproute2", "munged": "munge", "sinfo": "slurm-client"}
+PACKAGES |= {"slurmctld": "slurmctld", "slurmd": "slurmd"}
 ACCOUNTING_PACKAGES = {"mariadbd": "mariadb-server", "slurmdbd": "slurmdbd"}
 
-# A requeued job may not start before its old credential has expired: two minutes unless set.
-MUNGE = {"AuthType": "auth/munge", "AuthInfo": f"socket={MUNGE_SOCKET},cred_expire=10"}
-SETTINGS = MUNGE | {
-    "ClusterName": "spd",
-    "SlurmctldHost": f"ctl({CTL})",
-    "SlurmUser": "root",
-    "SlurmdUser": "root",
-    "StateSaveLocation": f"{STATE}/controller",
-    "SlurmctldPidFile": f"{STATE}/slurmctld.pid",
-    "SlurmdSpoolDir": f"{STATE}/spool-%n",
-    "SlurmdPidFile": f"{STATE}/slurmd-%n.pid",
-    # The daemons' standard error, kept beside these, has no times.
-    "SlurmctldLogFile": f"{STATE}/slurmctld.log",
-    "SlurmdLogFile": f"{STATE}/slurmd-%n.log",
-    "ProctrackType": "proctrack/linuxproc",
-    "TaskPlugin": "task/none",
-    "JobAcctGatherType": "jobacct_gather/linux",
-    "SelectType": "select/cons_tres",
-    "SelectTypeParameters": "CR_CPU",
-    "GresTypes": "gpu",
-    "SlurmdParameters": "config_overrides",
-    "SlurmdTimeout": "20",
-    "ReturnToService": "2",
-    "KillWait": "5",
-    "JobRequeue": "1",
-    "PreemptType": "preempt/partition_prio",
-    "PreemptMode": "REQUEUE",
-    "SchedulerParameters": "sched_interval=2,bf_interval=2,batch_sched_delay=1",
-}
-ACCOUNTING = {
-    "AccountingStorageType": "accounting_storage/slurmdbd",
-    "AccountingStorageHost": CTL,
-    "AccountingStoragePass": str(MUNGE_SOCKET),
-    "AccountingStorageTRES": "gres/gpu",
-}
-NO_ACCOUNTING = {"AccountingStorageType": "accounting_storage/none"}
-SLURMDBD = MUNGE | {
-    "SlurmUser": "root",
-    "DbdHost": "ctl",
-    "DbdAddr": CTL,
-    "StorageType": "accounting_storage/mysql",
-    "StorageHost": CTL,
-    "StorageUser": "root",
-    "PidFile": f"{STATE}/slurmdbd.pid",
-}
+# A requeued job may not start before its old credential expires: after two minutes unless set.
+MUNGE = f"AuthType=auth/munge AuthInfo=socket={MUNGE_SOCKET},cred_expire=10"
+# No cgroup plugin: those need more of the machine than a container gives.
+SETTINGS = f"""{MUNGE}
+    ClusterName=spd SlurmctldHost=ctl({CTL}) SlurmUser=root SlurmdUser=root
+    ProctrackType=proctrack/linuxproc TaskPlugin=task/none JobAcctGatherType=jobacct_gather/linux
+    SelectType=select/cons_tres SelectTypeParameters=CR_CPU GresTypes=gpu
+    SlurmdParameters=config_overrides SlurmdTimeout=20 ReturnToService=2 KillWait=5 JobRequeue=1
+    SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
+    PreemptType=preempt/partition_prio PreemptMode=REQUEUE
+    StateSaveLocation={STATE}/controller SlurmdSpoolDir={STATE}/spool-%n
+    SlurmctldPidFile={STATE}/slurmctld.pid SlurmdPidFile={STATE}/slurmd-%n.pid
+    SlurmctldLogFile={STATE}/slurmctld.log SlurmdLogFile={STATE}/slurmd-%n.log"""
+ACCOUNTING = f"""AccountingStorageType=accounting_storage/slurmdbd AccountingStorageHost={CTL}
+    AccountingStoragePass={MUNGE_SOCKET} AccountingStorageTRES=gres/gpu"""
+NO_ACCOUNTING = "AccountingStorageType=accounting_storage/none"
+SLURMDBD = f"""{MUNGE} SlurmUser=root DbdHost=ctl DbdAddr={CTL} PidFile={STATE}/slurmdbd.pid
+    StorageType=accounting_storage/mysql StorageHost={CTL} StorageUser=root"""
 
 T = TypeVar("T")
 
@@ -122,7 +92,7 @@ def obstacle(accounting: bool = True) -> str | None:
     if os.geteuid() != 0:
         return "the test cluster needs root (network namespaces)"
     packages = PACKAGES | (ACCOUNTING_PACKAGES if accounting else {})
-    if missing := [name for name in packages if shutil.which(name) is None]:
+    if missing := [name for name in packages if shutil.which(name, path=PATH) is None]:
         wanted = " ".join(packages[name] for name in missing)
         return f"missing {', '.join(missing)}; run: apt-get install -y {wanted}"
     if SYSTEM_CONF.exists() and SYSTEM_CONF.resolve() != CONF:
@@ -154,7 +124,7 @@ def make_hosts() -> None:
     run("ip", "-n", ctl, "link", "add", "bridge", "type", "bridge")
     run("ip", "-n", ctl, "addr", "add", f"{CTL}/24", "dev", "bridge")
     run("ip", "-n", ctl, "link", "set", "bridge", "up")
-    # The bridge is not in this machine's own namespace, so its firewall rules (Docker's) do not apply.
+    # The bridge is outside this machine's own namespace, where a firewall (Docker's) may block it.
     run("ip", "link", "add", LOGIN_LINK, "type", "veth", "peer", "name", "login", "netns", ctl)
     run("ip", "addr", "add", f"{LOGIN}/24", "dev", LOGIN_LINK)
     run("ip", "link", "set", LOGIN_LINK, "up")
@@ -193,50 +163,45 @@ def start(host: str, *command: str | Path) -> None:
             stderr=log,
             start_new_session=True,
             cwd=STATE,
-            env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "SLURM_CONF": str(CONF)},
+            env={"PATH": PATH, "LANG": "C.UTF-8", "SLURM_CONF": str(CONF)},
         )
 
 
 # ---- configuration
 
 
-def text(settings: dict[str, str]) -> str:
-    return "".join(f"{key}={value}\n" for key, value in settings.items())
+def conf_text(*settings: str) -> str:
+    """A conf file's lines; where settings name a key twice, the later one holds."""
+    pairs = dict(pair.split("=", maxsplit=1) for pair in " ".join(settings).split())
+    return "".join(f"{key}={value}\n" for key, value in pairs.items())
 
 
 def slurm_conf(args: argparse.Namespace) -> str:
-    settings = SETTINGS | (ACCOUNTING if args.accounting else NO_ACCOUNTING)
-    settings |= {"MaxArraySize": str(args.max_array_size)}
-    settings |= dict(pair.split("=", maxsplit=1) for pair in args.set)
-    nodes = [
-        f"NodeName={node} NodeHostname={node} NodeAddr={ADDRESS[node]}"
-        f" CPUS={CPUS} RealMemory={MEMORY_MB} Gres=gpu:{GPUS}\n"
-        for node in NODES
-    ]
+    accounting = ACCOUNTING if args.accounting else NO_ACCOUNTING
+    lines = conf_text(SETTINGS, accounting, f"MaxArraySize={args.max_array_size}", *args.set)
+    for node in NODES:
+        lines += f"NodeName={node} NodeHostname={node} NodeAddr={ADDRESS[node]}"
+        lines += f" CPUs={CPUS} RealMemory={MEMORY_MB} Gres=gpu:{GPUS}\n"
     members = ",".join(NODES)
-    partitions = [
-        f"PartitionName=main Nodes={members} Default=YES PriorityTier=10\n",
-        f"PartitionName=scavenge Nodes={members} PriorityTier=1 GraceTime=20\n",
-    ]
-    return text(settings) + "".join(nodes + partitions)
+    lines += f"PartitionName=main Nodes={members} Default=YES PriorityTier=10\n"
+    lines += f"PartitionName=scavenge Nodes={members} PriorityTier=1 GraceTime=20\n"
+    return lines
 
 
 def write_state(conf: str) -> None:
     STATE.mkdir(parents=True, exist_ok=True)
     MARK.touch()
     CONF.write_text(conf)
-    for name in ["controller", "dev"]:
-        STATE.joinpath(name).mkdir()
+    (STATE / "controller").mkdir()
+    (STATE / "dev").mkdir()
     for gpu in range(GPUS):
         os.mknod(STATE / f"dev/gpu{gpu}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     devices = f"File={STATE}/dev/gpu[0-{GPUS - 1}]"
     (STATE / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu {devices}\n")
     # slurmd probes the cgroup mount though no plugin here uses it; this one accepts what it finds.
     (STATE / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-    for name, content in [
-        ("slurmdbd.conf", text(SLURMDBD).encode()),
-        ("munge.key", os.urandom(128)),
-    ]:
+    secrets = {"slurmdbd.conf": conf_text(SLURMDBD).encode(), "munge.key": os.urandom(128)}
+    for name, content in secrets.items():
         (STATE / name).touch(mode=0o600)
         (STATE / name).write_bytes(content)
     SYSTEM_CONF.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +233,7 @@ def start_accounting() -> None:
     wait_for(lambda: listens("ctl", 3306), DATABASE_S, "MariaDB")
     start("ctl", "slurmdbd", "-D")
     wait_for(lambda: listens("ctl", 6819), ACCOUNTING_S, "slurmdbd")
-    run("sacctmgr", "--immediate", "add", "cluster", SETTINGS["ClusterName"])
+    run("sacctmgr", "--immediate", "add", "cluster", "spd")
 
 
 def node_states() -> list[str]:
@@ -341,21 +306,25 @@ def alone() -> Iterator[None]:
         yield
 
 
+def setting(pair: str) -> str:
+    if "=" not in pair or " " in pair:
+        raise argparse.ArgumentTypeError("wants a line of slurm.conf, KEY=VALUE")
+    return pair
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("command", choices=["up", "down", "status"])
     parser.add_argument("--max-array-size", type=int, default=1001)
     parser.add_argument("--no-accounting", dest="accounting", action="store_false")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="slurm.conf")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", type=setting)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    # A login shell's PATH may lack the folders of daemons; munge refuses files open to a group.
-    os.environ["PATH"] += ":/usr/local/sbin:/usr/sbin:/sbin"
-    os.environ["SLURM_CONF"] = str(CONF)
-    os.umask(0o022)
+    os.environ.update(PATH=PATH, SLURM_CONF=str(CONF))
+    os.umask(0o022)  # munge refuses files that a group may write
     if reason := obstacle(args.accounting):
         sys.exit(f"slurm_cluster: {reason}")
     if args.command == "status":
@@ -363,7 +332,7 @@ def main(argv: list[str]) -> None:
     with alone():
         try:
             up(args) if args.command == "up" else down()
-        except (TimeoutError, RuntimeError) as error:
+        except (TimeoutError, RuntimeError, subprocess.TimeoutExpired) as error:
             sys.exit(f"slurm_cluster: {error}; see the logs in {STATE}")
 
 

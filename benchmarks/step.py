@@ -1,0 +1,82 @@
+"""Time one optimisation step: data in, optimiser out, after warm-up.
+
+python -m benchmarks.step --experiment tms_5-2 [--batch N] [--steps N] [--device cpu|cuda]
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+
+import torch
+
+from spd_core import distributed
+from spd_core.component_model import ComponentModel
+from spd_core.config import RunConfig, config_digest
+from spd_core.randomness import stream
+from spd_core.targets.tms import TMS
+from spd_core.train import build_optimizer, optimisation_step
+from spd_launch.compose import compose
+
+N_WARMUP = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experiment", required=True)
+    parser.add_argument("--batch", type=int, help="batch size; the experiment's where absent")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    arguments = parser.parse_args()
+    overrides = [f"+experiment={arguments.experiment}", "cluster=local"]
+    if arguments.batch is not None:
+        overrides.append(f"train.batch_size={arguments.batch}")
+    print(json.dumps(measure(compose(overrides), arguments.steps, arguments.device)))
+
+
+def measure(config: RunConfig, steps: int, device: str) -> dict[str, float | int | str]:
+    """Times of the step on a random target of the experiment's shape."""
+    torch.set_num_threads(config.train.n_threads)
+    dist = distributed.init(0, 1, 0, "localhost", 0, "cuda" if device == "cuda" else "cpu")
+    target = TMS(config.target, stream(0, "benchmark", device=torch.device("cpu")))
+    model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
+    optimizer = build_optimizer(config, model)
+    for step in range(N_WARMUP):
+        optimisation_step(config, model, optimizer, dist, step)
+    seconds = []
+    for step in range(N_WARMUP, N_WARMUP + steps):
+        _synchronise(dist)
+        started = time.perf_counter()
+        optimisation_step(config, model, optimizer, dist, step)
+        _synchronise(dist)
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds)
+    return {
+        "experiment": config.experiment,
+        "median_s": median,
+        "min_s": min(seconds),
+        "p90_s": statistics.quantiles(seconds, n=10)[-1],
+        "peak_mib": _peak_mib(dist),
+        "tokens_or_examples_per_s": config.train.batch_size / median,
+        "n_params": sum(p.numel() for p in model.trained_parameters().values()),
+        "torch": torch.__version__,
+        "device": str(dist.device),
+        "n_threads": config.train.n_threads,
+        "config_digest": config_digest(config),
+    }
+
+
+def _synchronise(dist: distributed.Dist) -> None:
+    if dist.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_mib(dist: distributed.Dist) -> float:
+    if dist.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+if __name__ == "__main__":
+    main()

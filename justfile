@@ -1,0 +1,70 @@
+# `just` lists what can be done here; every recipe sets up the virtual environment it needs.
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+python := env("SPD_PYTHON", "python3")
+bin := ".venv/bin"
+
+# List the recipes
+default:
+    @just --list
+
+# Install into .venv (once; again when pyproject.toml or constraints.txt change)
+install:
+    @if [ ! -f .venv/installed ] || [ pyproject.toml -nt .venv/installed ] || [ constraints.txt -nt .venv/installed ]; then \
+        "{{python}}" -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set SPD_PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else 0' && \
+        "{{python}}" -m venv .venv && \
+        {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$(sed -n 's/^torch==//p' constraints.txt)" && \
+        {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' && \
+        touch .venv/installed; \
+    fi
+
+# Decompose a toy model here, from nothing to a report, in a few minutes
+demo *overrides: install
+    {{bin}}/python -m spd_launch +experiment=tms_5-2 cluster=local {{overrides}}
+
+# All tests (the cluster tests need root and Debian's Slurm packages, and skip elsewhere)
+test *args: install
+    {{bin}}/python -m pytest -n 2 -m "not cluster" {{args}}
+    {{bin}}/python -m pytest -m cluster {{args}}
+
+# The tests that take seconds
+test-fast *args: install
+    {{bin}}/python -m pytest -n 2 -m "not slow and not cluster" {{args}}
+
+# The tests on a real four-node Slurm cluster on this machine
+test-cluster *args: install
+    {{bin}}/python -m pytest -m cluster {{args}}
+
+# Bring the four-node test cluster up, or take it down
+cluster action="up": install
+    {{bin}}/python tests/cluster/slurm_cluster.py {{action}}
+
+# Check style without changing anything
+lint: install
+    {{bin}}/ruff check .
+    {{bin}}/ruff format --check .
+
+# Rewrite to the house style
+format: install
+    {{bin}}/ruff check --fix .
+    {{bin}}/ruff format .
+
+# Check types
+types: install
+    {{bin}}/basedpyright
+
+# What CI checks before the tests
+check: lint types
+
+# Time one optimisation step and one launch
+bench: install
+    {{bin}}/python -m benchmarks.step --experiment tms_5-2
+    {{bin}}/python -m benchmarks.launch --tasks 100 --dry
+
+# Redraw the picture of docs/ from a real run
+docs run: install
+    {{bin}}/python docs/draw_introduction.py "{{run}}"
+
+# Install the pre-commit hooks
+hooks: install
+    {{bin}}/pre-commit install

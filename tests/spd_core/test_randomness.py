@@ -1,0 +1,51 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spd_core.randomness import StepRandomness, stream
+
+CPU = torch.device("cpu")
+
+
+def draws(world, batch=32, seed=0, step=0, purpose="x"):
+    """What all ranks draw, put together."""
+    parts = []
+    for rank in range(world):
+        s = StepRandomness(seed, step, rank, world, batch, CPU).batch_stream(purpose)
+        parts.append(torch.cat([s.uniform(3), s.integers(0, 100, 2).float(), s.uniform()[:, None]], 1))
+    assert all(len(part) == batch // world for part in parts)
+    return torch.cat(parts)
+
+
+@given(st.sampled_from([2, 4, 8, 16]), st.sampled_from([1, 3, 4]), st.integers(0, 9))
+def test_numbers_do_not_depend_on_the_number_of_ranks(world, per_rank, step):
+    batch = world * per_rank
+    assert torch.equal(draws(world, batch, step=step), draws(1, batch, step=step))
+
+
+@pytest.mark.parametrize("world, batch", [(3, 96), (6, 96), (32, 64)])
+def test_numbers_do_not_depend_on_other_numbers_of_ranks(world, batch):
+    assert torch.equal(draws(world, batch), draws(1, batch))
+
+
+def test_every_address_has_its_own_numbers():
+    variants = [draws(1), draws(1, seed=1), draws(1, step=1), draws(1, purpose="y")]
+    values = torch.cat([v[:, :3].flatten() for v in variants])
+    # 24 bits of a float: of 384 draws a repetition has probability 0.4 %.
+    assert len(values.unique()) >= len(values) - 1
+
+
+def test_the_same_address_has_the_same_numbers_whatever_the_global_state():
+    torch.manual_seed(0)
+    first = draws(1)
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    assert torch.equal(first, draws(1))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_addresses_do_not_run_together():
+    a = torch.rand(4, generator=stream(1, "p", 11, device=CPU))
+    b = torch.rand(4, generator=stream(1, "p", 1, 1, device=CPU))
+    assert not torch.equal(a, b)

@@ -1,0 +1,147 @@
+"""The command line: bad input, dry runs, what a launch writes, and that planning stays light."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spd_launch import ledger
+from spd_launch.compose import compose
+from spd_launch.errors import LaunchError
+from spd_launch.ledger import find_launch, new_launch, read_tasks, record
+from spd_launch.validate import validate
+from launch_configs import config
+
+ROOT = Path(__file__).parent.parent.parent
+LOCAL = ["+experiment=tms_5-2", "cluster=local"]
+
+BAD = [
+    (["train.steps=0"], "choose an experiment: .*valid: .*tms_5-2"),
+    (["+experiment=tms_52"], "no experiment named 'tms_52'; did you mean tms_5-2"),
+    (["+experiment=tms_5-2", "cluster=locl"], "no cluster named 'locl'; did you mean local"),
+    ([*LOCAL, "train.stepz=3"], "train.stepz=3: no field 'stepz' in train; did you mean steps"),
+    ([*LOCAL, "traim.steps=3"], "no field 'traim' at the top level; did you mean train"),
+    ([*LOCAL, "losses.stochastic_recn.coeff=1"], "in losses; did you mean stochastic_recon"),
+    ([*LOCAL, "eval.metrics.ci_l1.when=fast"], "in eval.metrics; did you mean ci_l0"),
+    ([*LOCAL, "eval.metrics.identity_ci_error.modules.linear1.m=2"], "no field 'm' in .*valid: .*n"),
+    ([*LOCAL, "train.steps=many"], "train.steps=many: input should be a valid integer"),
+    ([*LOCAL, "seed=-1"], "seed=-1: .*greater than or equal to 0"),
+    ([*LOCAL, "losses.faithfulness.coeff=null"], "losses.faithfulness.coeff=None"),
+    ([*LOCAL, "+decompose.modules.linear3=5"], "'linear3' matches no module .*linear1, linear2"),
+    ([*LOCAL, "dp=3"], "does not divide by dp=3"),
+    ([*LOCAL, "seed=0,1"], "add -m"),
+    ([*LOCAL, "a=["], "cannot read the override"),
+    ([*LOCAL, "target=tmss"], "Could not find 'target/tmss'"),
+    (["+experiment=tms_5-2", "cluster=cpu", "cluster.time_min=1"], "cluster.signal_delay_s=60"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda x: x[-1] if isinstance(x, list) else "")
+def test_bad_input_is_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        for run in compose(arguments, multirun=False):
+            validate(run.values)
+
+
+def test_multirun_is_the_product_of_its_lists() -> None:
+    runs = compose(["experiment=tms_5-2", "cluster=local", "seed=range(0,3)", "train.lr.start=1e-3,3e-3"], True)
+    configs = [validate(run.values) for run in runs]
+    assert [(c.seed, c.train.lr.start) for c in configs] == [(s, lr) for s in range(3) for lr in (1e-3, 3e-3)]
+    assert runs[0].overrides["seed"] == "0"
+
+
+def test_an_override_reaches_a_field_that_the_yaml_leaves_out() -> None:
+    run = compose([*LOCAL, "losses.faithfulness.coeff=2", "losses.stochastic_recon=null"], False)[0]
+    losses = validate(run.values).losses
+    assert losses.faithfulness is not None and losses.faithfulness.coeff == 2
+    assert losses.stochastic_recon is None
+
+
+def test_the_current_directory_has_its_own_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "it's mine" / "slurm_templates" / "cluster"
+    folder.mkdir(parents=True)
+    text = (ROOT / "slurm_templates/cluster/cpu.yaml").read_text()
+    (folder / "mine.yaml").write_text(text.replace("name: cpu", "name: mine"))
+    monkeypatch.chdir(folder.parent.parent)
+    assert validate(compose(["+experiment=tms_5-2", "cluster=mine"], False)[0].values).cluster.name == "mine"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "slurm_templates/cluster").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_profile_is_valid(file: Path) -> None:
+    validate(compose(["+experiment=tms_5-2", f"cluster={file.stem}"], False)[0].values)
+
+
+def test_a_launch_on_disk(tmp_path: Path) -> None:
+    runs = [({"seed": str(s)}, config(seed=s, launch__out_dir=str(tmp_path))) for s in (0, 1)]
+    plan, launch = new_launch(runs)
+    record(launch, plan, ROOT, None)
+    assert {f.name for f in launch.path.iterdir()} == {"launch.yaml", "plan.json", "tasks.jsonl", "logs"}
+    assert [t.run_id for t in read_tasks(launch)] == [t.run_id for t in plan.tasks]
+    assert read_tasks(launch)[1].config == runs[1][1]
+    status = json.loads((launch.run_dir(plan.tasks[0].run_id).status_file).read_text())
+    assert (status["state"], status["attempt"], status["steps"]) == ("pending", 0, 4)
+    for name in ("latest", launch.launch_id[:15], launch.launch_id[-4:]):
+        assert find_launch(name, tmp_path) == launch
+    assert new_launch(runs)[1] != launch
+
+
+def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LaunchError, match=r"cannot write .*file/.*launch\.out_dir"):
+        new_launch([({}, config(launch__out_dir=str(tmp_path / "file")))])
+
+
+def test_nothing_is_left_of_a_launch_that_failed_before_it_was_sent(tmp_path: Path) -> None:
+    plan, launch = new_launch([({}, config(launch__out_dir=str(tmp_path)))])
+    with pytest.raises(LaunchError), ledger.all_or_nothing(launch, plan):
+        raise LaunchError("no")
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()] and not list(tmp_path.glob("runs/*"))
+
+
+def run(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "SPD_OUT_DIR": str(out)}
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_commands_end_with_one_message_and_code_2(tmp_path: Path) -> None:
+    done = run("spd_launch", *LOCAL, "dp=3", out=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: train.batch_size=4096 does not divide by dp=3\n"
+    done = run("spd_launch.status", "nothing", out=tmp_path)
+    assert done.returncode == 2 and "no launches in" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_is_shown_and_dry_run_writes_nothing(tmp_path: Path) -> None:
+    shown = run("spd_launch", *LOCAL, "seed=7", "--cfg", "job", out=tmp_path)
+    assert yaml.safe_load(shown.stdout)["seed"] == 7
+    done = run("spd_launch", "-m", *LOCAL, "seed=0,1", "launch.dry_run=true", out=tmp_path)
+    assert done.returncode == 0 and "2 run(s), each 1 node(s) x 1 process(es)" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [*LOCAL, "launch.dry_run=true"]], ids=["help", "dry"])
+def test_planning_takes_less_than_a_second_and_no_torch(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys, spd_launch.__main__ as m\n"
+        "sys.argv[1:] = " + repr(arguments) + "\n"
+        "try: m.main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'submitit' not in sys.modules\n"
+    )
+    before = os.times()
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
+
+
+def test_no_launcher_module_loads_torch() -> None:
+    names = [f.stem for f in (ROOT / "spd_launch").glob("*.py")]
+    code = f"import sys\nfor n in {names}: __import__('spd_launch.' + n)\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+

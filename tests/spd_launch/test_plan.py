@@ -1,0 +1,101 @@
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spd_core.config import ClusterConfig
+from spd_launch.errors import LaunchError
+from spd_launch.ledger import describe
+from spd_launch.plan import clean, group, make_plan, run_ids, shape
+from spd_launch.submit import split
+from launch_configs import config
+
+CPU: ClusterConfig = config("cpu").cluster
+WORDS = st.text("abz/ $'\"%.-0é\n", min_size=1, max_size=40)
+
+
+@given(dp=st.integers(1, 200), full=st.integers(1, 16))
+def test_shape_is_part_of_a_node_or_whole_nodes(dp: int, full: int) -> None:
+    cluster = CPU.model_copy(update={"gpus_per_node": full})
+    if dp > full and dp % full:
+        with pytest.raises(LaunchError, match=f"dp={dp} does not fit"):
+            shape(cluster, dp)
+        return
+    nodes, per_node = shape(cluster, dp)
+    assert nodes * per_node == dp
+    assert nodes == 1 or per_node == full
+
+
+@given(nodes=st.integers(1, 8), full=st.integers(1, 8), dp=st.integers(1, 80))
+def test_shape_with_nodes_given(nodes: int, full: int, dp: int) -> None:
+    cluster = CPU.model_copy(update={"gpus_per_node": full, "nodes": nodes})
+    if dp % nodes or dp > nodes * full:
+        with pytest.raises(LaunchError, match="a multiple of"):
+            shape(cluster, dp)
+    else:
+        assert shape(cluster, dp) == (nodes, dp // nodes)
+
+
+def test_16_gpus_are_two_nodes() -> None:
+    assert shape(config("default").cluster, 16) == (2, 8)
+    with pytest.raises(LaunchError, match="too many for this machine"):
+        shape(config("local").cluster, 128)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=6, unique=True))
+def test_run_ids_are_unique_and_safe(names: list[str]) -> None:
+    runs = [({"track.wandb.project": n}, config(track__wandb__project=n)) for n in names]
+    ids = run_ids(runs, "3fa9")
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*-3fa9", run_id) for run_id in ids)
+    assert all(len(run_id) < 130 for run_id in ids)
+
+
+def test_run_ids_show_what_varies() -> None:
+    runs = [
+        ({"experiment": "x", "seed": "0", "train.lr.start": v, "train.steps": "4"}, config(train__lr__start=float(v)))
+        for v in ("1e-3", "3e-3")
+    ]
+    assert run_ids(runs, "ab12") == ["tms_5-2-seed0-start1e-3-ab12", "tms_5-2-seed0-start3e-3-ab12"]
+    assert run_ids(runs[:1], "ab12") == ["tms_5-2-seed0-ab12"]
+
+
+def test_ids_do_not_depend_on_order() -> None:
+    runs = [({"seed": str(seed)}, config(seed=seed)) for seed in range(4)]
+    assert sorted(run_ids(runs, "ab12")) == sorted(run_ids(runs[::-1], "ab12"))
+
+
+def test_equal_runs_are_refused() -> None:
+    with pytest.raises(LaunchError, match="2 runs of this launch are the same"):
+        make_plan([({"seed": "0"}, config()), ({"seed": "0"}, config())], "now", "ab12")
+
+
+def test_one_array_for_each_resource_request() -> None:
+    sizes = [1, 2, 1, 16, 2, 1]
+    runs = [({"seed": str(i), "dp": str(dp)}, config(seed=i, dp=dp)) for i, dp in enumerate(sizes)]
+    plan = make_plan(runs, "20261123-112233", "3fa9")
+    assert plan.launch_id == "20261123-112233-tms_5-2-3fa9"
+    shapes = {(a.nodes, a.tasks_per_node): len(a.tasks) for a in plan.arrays}
+    assert shapes == {(1, 1): 3, (1, 2): 2, (2, 8): 1}
+    assert [task.index for task in plan.tasks] == list(range(6))
+    assert describe(plan)["arrays"][0]["runs"] == [plan.tasks[i].run_id for i in (0, 2, 5)]
+
+
+def test_local_and_slurm_do_not_mix() -> None:
+    runs = [({"cluster": c}, config(c)) for c in ("cpu", "local")]
+    with pytest.raises(LaunchError, match="either here or on Slurm"):
+        make_plan(runs, "now", "ab12")
+
+
+@given(n=st.integers(1, 30), limit=st.integers(1, 40))
+def test_split_respects_the_array_limit(n: int, limit: int) -> None:
+    plan = make_plan([({"seed": str(i)}, config(seed=i)) for i in range(n)], "now", "ab12")
+    chunks = split(group(plan.tasks), limit)
+    assert all(len(chunk.tasks) <= limit for chunk in chunks)
+    assert [t.index for chunk in chunks for t in chunk.tasks] == list(range(n))
+
+
+@given(WORDS)
+def test_clean_is_safe(name: str) -> None:
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", clean(name))
