@@ -56,8 +56,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 22px 5px 0; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } th { color: var(--quiet); font-weight: 600; }
 .tables { display: flex; gap: 56px; flex-wrap: wrap; }
-.verdict { font-weight: 600; font-size: 18px; } .good { color: var(--good); } .bad { color: var(--bad); }
-pre { font-size: 13px; overflow-x: auto; margin: 8px 0 0; } summary { cursor: pointer; font-weight: 600; }
+.verdict { font-weight: 600; font-size: 18px; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+pre { font-size: 13px; overflow-x: auto; margin: 8px 0 0; }
+summary { cursor: pointer; font-weight: 600; }
 </style></head><body><main>
 <h1>$name</h1><p class="quiet">$subtitle</p>
 $result
@@ -79,7 +81,8 @@ def write_report(run_dir: RunDir) -> Path:
     env = environment(run_dir)
     subtitle = (
         f"{config.experiment}, seed {config.seed}, {config.train.steps:,} steps, "
-        f"batch {config.train.batch_size:,}, dp {config.dp}; torch {env['torch']} on {env['device']}"
+        f"batch {config.train.batch_size:,}, dp {config.dp}; "
+        f"torch {env['torch']} on {env['device']}"
     )
     page = PAGE.substitute(
         name=escape(run_dir.path.name),
@@ -117,7 +120,9 @@ def _verdict(per_module: dict[str, dict[str, float]]) -> str:
     wrong = sum(per_module["identity_ci_error"].values())
     if wrong == 0:
         return "<p class='verdict good'>The known solution was found.</p>"
-    return f"<p class='verdict bad'>The known solution was not found: {wrong:.0f} entries are off.</p>"
+    return (
+        f"<p class='verdict bad'>The known solution was not found: {wrong:.0f} entries are off.</p>"
+    )
 
 
 def _curves(run_dir: RunDir) -> str:
@@ -156,7 +161,7 @@ def _figures(run_dir: RunDir) -> str:
         return ""
     sections = ""
     for path in sorted(folders[-1].glob("*.png"), key=_figure_order):
-        title, caption = CAPTIONS[path.stem] if path.stem in CAPTIONS else (path.stem, "")
+        title, caption = CAPTIONS.get(path.stem, (path.stem, ""))
         data = base64.b64encode(path.read_bytes()).decode()
         sections += (
             f"<section><h2>{escape(title)}</h2><p class='quiet'>{escape(caption)}</p>"

@@ -23,7 +23,9 @@ def final_metrics(run_dir: RunDir) -> dict[str, float]:
     return last
 
 
-def metric_table(run_dir: RunDir) -> tuple[list[str], dict[str, dict[str, float]], dict[str, float]]:
+def metric_table(
+    run_dir: RunDir,
+) -> tuple[list[str], dict[str, dict[str, float]], dict[str, float]]:
     """Modules, their metrics (metric -> module -> value), and the losses of the last evaluation."""
     losses: dict[str, float] = {}
     per_module: dict[str, dict[str, float]] = {}
@@ -68,7 +70,9 @@ def print_summary(run_dir: RunDir) -> None:
         )
         console.print(verdict)
     console.print(f"run     {run_dir.path.resolve()}", soft_wrap=True)
-    console.print(f"report  {run_dir.report_file.resolve()}  (open it in a browser)", soft_wrap=True)
+    console.print(
+        f"report  {run_dir.report_file.resolve()}  (open it in a browser)", soft_wrap=True
+    )
 
 
 def environment(run_dir: RunDir) -> dict[str, object]:

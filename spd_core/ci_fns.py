@@ -16,7 +16,7 @@ LEAK = 0.01
 
 @dataclass(frozen=True)
 class CausalImportance:
-    """One module's causal importances: `lower` goes into masks, `upper` into the minimality loss."""
+    """One module's causal importances: `lower` is for masks, `upper` for the minimality loss."""
 
     lower: Float[Tensor, "... C"]
     upper: Float[Tensor, "... C"]
@@ -132,11 +132,9 @@ class SharedMLP(nn.Module):
 class CiFn(nn.Module):
     """The causal-importance function of one module: pre-sigmoid values from its input."""
 
-    def __init__(
-        self, config: CiFnConfig, C: int, d_in: int, generator: torch.Generator
-    ) -> None:
+    def __init__(self, config: CiFnConfig, C: int, d_in: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.kind = config.kind
+        self.kind: Literal["mlp", "vector_mlp", "shared_mlp"] = config.kind
         match config.kind:
             case "mlp":
                 self.mlp = ParallelMLP(C, 1, config.hidden, generator)

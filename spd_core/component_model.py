@@ -113,7 +113,7 @@ class ComponentModel(nn.Module):
     def run_masked(
         self, batch: Float[Tensor, "batch ..."], masks: dict[str, MaskInfo]
     ) -> Float[Tensor, "batch ..."]:
-        """The output with the modules of `masks` on their components; the others run as they are."""
+        """The output with the modules of `masks` on their components, the others unchanged."""
 
         def replace(name: str, info: MaskInfo) -> Any:
             def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
@@ -136,8 +136,9 @@ class ComponentModel(nn.Module):
         result = {}
         for name, x in inputs.items():
             g = self._pre_sigmoid(name, x)
-            binomial = self.config.sampling == "binomial" and noise is not None
-            jitter = noise.uniform(*g.shape[1:]) if binomial else None
+            jitter = None
+            if self.config.sampling == "binomial" and noise is not None:
+                jitter = noise.uniform(*g.shape[1:])
             result[name] = apply_sigmoid(g, self.config.sigmoid, jitter)
         return result
 

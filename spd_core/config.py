@@ -132,9 +132,7 @@ class StaticProbabilityConfig(BaseConfig):
 
 
 class SubsetReconConfig(_LossConfig):
-    routing: Annotated[
-        UniformKSubsetConfig | StaticProbabilityConfig, Field(discriminator="kind")
-    ]
+    routing: Annotated[UniformKSubsetConfig | StaticProbabilityConfig, Field(discriminator="kind")]
 
 
 class LossesConfig(BaseConfig):
@@ -220,6 +218,7 @@ class CiL0Config(MetricConfig):
 
 class DensityConfig(MetricConfig):
     threshold: Fraction
+
 
 class IdentityCiErrorConfig(MetricConfig):
     tolerance: Fraction = Field(description="distance to 0 or 1 that still counts as right")

@@ -3,6 +3,7 @@
 Only rank 0 tracks.
 """
 
+import json
 import os
 import platform
 import subprocess
@@ -73,7 +74,9 @@ class Tracker:
         losses = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
         text = "  ".join(f"{name} {value:.2e}" for name, value in losses.items())
         if losses and not self.console.is_terminal:
-            self.console.print(f"step {step}/{self.steps}  {self._rate(step)}  {text}")
+            self.console.print(
+                f"step {step}/{self.steps}  {self._rate(step)}  {text}", soft_wrap=True
+            )
         if losses:
             short = "  ".join(f"{_initials(name)} {value:.1e}" for name, value in losses.items())
             self.progress.update(self.task, losses=short)
@@ -88,9 +91,15 @@ class Tracker:
 
 def _initials(name: str) -> str:
     """`stochastic_recon_layerwise` becomes `stoch-layer`, short enough for a progress bar."""
-    short = {"importance": "imp", "minimality": "min", "faithfulness": "faith",
-             "stochastic": "stoch", "layerwise": "layer", "unmasked": "unm"}
-    words = [short[w] if w in short else w for w in name.split("_") if w not in ("recon", "masked")]
+    short = {
+        "importance": "imp",
+        "minimality": "min",
+        "faithfulness": "faith",
+        "stochastic": "stoch",
+        "layerwise": "layer",
+        "unmasked": "unm",
+    }
+    words = [short.get(w, w) for w in name.split("_") if w not in ("recon", "masked")]
     return "-".join(words)
 
 
@@ -122,9 +131,7 @@ def _start_wandb(config: RunConfig, run_dir: RunDir, console: Console) -> Any | 
 
 def write_environment(run_dir: RunDir) -> None:
     """Record what the run ran on: versions, machine, command and commit."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     record = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -135,6 +142,4 @@ def write_environment(run_dir: RunDir) -> None:
         "command": sys.argv,
         "commit": os.environ["SPD_COMMIT"] if "SPD_COMMIT" in os.environ else git.stdout.strip(),
     }
-    import json
-
     write_atomic(run_dir.env_file, json.dumps(record, indent=2) + "\n")

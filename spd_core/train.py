@@ -35,7 +35,8 @@ def build_model(config: RunConfig, targets: Path, dist: Dist, console: Console) 
         modules = ", ".join(f"{name} C={c.C}" for name, c in model.components.items())
         console.print(
             f"target seed {target_seed}; {modules}; {n_trained:,} trained parameters; "
-            f"batch {config.train.batch_size // dist.world_size} per rank x {dist.world_size}"
+            f"batch {config.train.batch_size // dist.world_size} per rank x {dist.world_size}",
+            soft_wrap=True,
         )
     return model
 
@@ -98,7 +99,9 @@ def train(
         if not dist.is_main:
             return _loop(config, run_dir, model, optimizer, dist, step, should_stop, status, None)
         with Tracker(config, run_dir, console, step) as tracker:
-            return _loop(config, run_dir, model, optimizer, dist, step, should_stop, status, tracker)
+            return _loop(
+                config, run_dir, model, optimizer, dist, step, should_stop, status, tracker
+            )
     except BaseException:
         # Whatever ended the run, its status must say so; the error itself goes on.
         status("failed", step)
@@ -117,9 +120,9 @@ def _restore_or_warm_up(
     if checkpoint.checkpoint_steps(run_dir):
         folder, step, damaged = checkpoint.newest_valid_checkpoint(run_dir)
         for problem in damaged:
-            console.print(f"[yellow]{problem}: passed over")
+            console.print(f"[yellow]{problem}: passed over", soft_wrap=True)
         checkpoint.load_checkpoint(folder, model, optimizer)
-        console.print(f"continuing from step {step} ({folder})")
+        console.print(f"continuing from step {step} ({folder})", soft_wrap=True)
         return step
     faithfulness_warm_up(config, model)
     distributed.barrier(dist)
@@ -173,7 +176,12 @@ def _loop(
             slow = step % config.eval.slow_every == 0 or step == steps
             started = time.perf_counter()
             metrics = evaluate(
-                config, model, step, "slow" if slow else "fast", dist, run_dir.figures / f"step_{step}"
+                config,
+                model,
+                step,
+                "slow" if slow else "fast",
+                dist,
+                run_dir.figures / f"step_{step}",
             )
             if tracker is not None:
                 tracker.log(step, metrics | {"eval/seconds": time.perf_counter() - started})
@@ -223,8 +231,10 @@ def optimisation_step(
         group["lr"] = schedule_value(config.train.lr, step, steps)
     optimizer.step()
     total = sum(
-        (coefficient(loss.coeff, step, steps) * losses[name]
-         for name, loss in configured(config.losses).items()),
+        (
+            coefficient(loss.coeff, step, steps) * losses[name]
+            for name, loss in configured(config.losses).items()
+        ),
         start=weighted.new_zeros(()),
     )
     return losses, total, norms

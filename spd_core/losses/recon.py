@@ -80,5 +80,9 @@ def _masks(
         case "stochastic":
             config = model.config
             return stochastic_masks(
-                ci, config.sampling, config.delta_component, routes, randomness.batch_stream(purpose)
+                ci,
+                config.sampling,
+                config.delta_component,
+                routes,
+                randomness.batch_stream(purpose),
             )

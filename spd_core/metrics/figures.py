@@ -6,7 +6,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from spd_core.components import LinearComponents
@@ -22,16 +24,8 @@ def permuted_ci(ci: dict[str, Float[Tensor, "n_features C"]]) -> Figure:
         1, len(ci), figsize=(5.5 * len(ci), 2.6), squeeze=False, layout="constrained"
     )
     for ax, (name, values) in zip(axes[0], ci.items(), strict=True):
-        image = ax.imshow(
-            permute_to_identity(values).cpu().numpy(),
-            vmin=0,
-            vmax=1,
-            cmap="Blues",
-            aspect="auto",
-            interpolation="nearest",
-        )
+        _heatmap(ax, permute_to_identity(values), 0, 1, "Blues", "causal importance")
         ax.set(title=name, xlabel="subcomponent (reordered)", ylabel="active feature")
-        figure.colorbar(image, ax=ax, label="causal importance")
     return figure
 
 
@@ -50,19 +44,26 @@ def uv(components: dict[str, LinearComponents], order: dict[str, list[int]]) -> 
             "target weight W": module.weight,
         }
         for ax, (title, matrix) in zip(row, panels.items(), strict=True):
-            values = matrix.cpu().numpy()
-            limit = max(float(np.abs(values).max()), 1e-6)
-            image = ax.imshow(
-                values,
-                vmin=-limit,
-                vmax=limit,
-                cmap="RdBu_r",
-                aspect="auto",
-                interpolation="nearest",
-            )
+            limit = max(matrix.abs().max().item(), 1e-6)
+            _heatmap(ax, matrix, -limit, limit, "RdBu_r", "")
             ax.set_title(title, fontsize=10)
-            figure.colorbar(image, ax=ax)
     return figure
+
+
+def _heatmap(
+    ax: Axes, matrix: Float[Tensor, "rows columns"], low: float, high: float, cmap: str, label: str
+) -> None:
+    image = ax.imshow(
+        matrix.cpu().numpy(),
+        vmin=low,
+        vmax=high,
+        cmap=cmap,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.figure.colorbar(image, ax=ax, label=label)
 
 
 def ci_histograms(statistics: dict[str, CiStatistic]) -> Figure:
@@ -74,15 +75,18 @@ def ci_histograms(statistics: dict[str, CiStatistic]) -> Figure:
         for ax, (kind, counts) in zip(row, statistic.histograms.items(), strict=True):
             low, high = RANGES[kind]
             edges = np.linspace(low, high, len(counts) + 1)
-            ax.bar(edges[:-1], counts.cpu().numpy(), width=edges[1] - edges[0], align="edge",
-                   color=COLOR)
+            ax.bar(
+                edges[:-1],
+                counts.cpu().numpy(),
+                width=edges[1] - edges[0],
+                align="edge",
+                color=COLOR,
+            )
             ax.set(yscale="log", title=f"{name}: {kind}", ylabel="count", xlim=(low, high))
     return figure
 
 
-def per_component(
-    values: dict[str, Float[Tensor, "C"]], ylabel: str
-) -> Figure:
+def per_component(values: dict[str, Float[Tensor, "C"]], ylabel: str) -> Figure:
     """One value per subcomponent, sorted, on a logarithmic axis."""
     figure, axes = plt.subplots(
         1, len(values), figsize=(5.5 * len(values), 2.8), squeeze=False, layout="constrained"
