@@ -21,7 +21,7 @@ USAGE = "python -m spd_launch [-m] +experiment=NAME [key=value ...]"
 EXAMPLES = """examples:
   python -m spd_launch +experiment=tms_5-2                            on Slurm if there is sbatch, else here
   python -m spd_launch +experiment=tms_5-2 cluster=local train.steps=500
-  python -m spd_launch +experiment=ss_llama_simple dp=16              2 nodes x 8 GPUs
+  python -m spd_launch +experiment=tms_5-2 cluster=cpu dp=16          2 nodes x 8 tasks
   python -m spd_launch -m +experiment=tms_5-2 seed=0,1,2              three runs, one job array
   python -m spd_launch +experiment=tms_5-2 launch.dry_run=true        what would be done
   python -m spd_launch +experiment=tms_5-2 --cfg job                  the composed config
