@@ -1,6 +1,6 @@
 """Time one optimisation step: data in, optimiser out, after warm-up.
 
-python -m benchmarks.step --experiment tms_5-2 [--batch N] [--steps N] [--device cpu|cuda]
+python -m benchmarks.step --experiment tms_5-2 [--batch N] [--steps N] [--device cpu|cuda] [--threads N]
 """
 
 import argparse
@@ -18,6 +18,7 @@ from spd_core.randomness import stream
 from spd_core.targets.tms import TMS
 from spd_core.train import build_optimizer, optimisation_step
 from spd_launch.compose import compose
+from spd_launch.validate import validate
 
 N_WARMUP = 5
 
@@ -28,16 +29,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="batch size; the experiment's where absent")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
     overrides = [f"+experiment={arguments.experiment}", "cluster=local"]
     if arguments.batch is not None:
         overrides.append(f"train.batch_size={arguments.batch}")
-    print(json.dumps(measure(compose(overrides), arguments.steps, arguments.device)))
+    torch.set_num_threads(arguments.threads)
+    config = validate(compose(overrides, multirun=False)[0].values)
+    print(json.dumps(measure(config, arguments.steps, arguments.device)))
 
 
 def measure(config: RunConfig, steps: int, device: str) -> dict[str, float | int | str]:
     """Times of the step on a random target of the experiment's shape."""
-    torch.set_num_threads(config.train.n_threads)
     dist = distributed.init(0, 1, 0, "localhost", 0, "cuda" if device == "cuda" else "cpu")
     target = TMS(config.target, stream(0, "benchmark", device=torch.device("cpu")))
     model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
@@ -62,7 +65,7 @@ def measure(config: RunConfig, steps: int, device: str) -> dict[str, float | int
         "n_params": sum(p.numel() for p in model.trained_parameters().values()),
         "torch": torch.__version__,
         "device": str(dist.device),
-        "n_threads": config.train.n_threads,
+        "n_threads": torch.get_num_threads(),
         "config_digest": config_digest(config),
     }
 

@@ -30,21 +30,29 @@ def save_checkpoint(
     """Write the state after `step` steps, then drop all but the newest `keep` checkpoints."""
     run_dir.checkpoints.mkdir(exist_ok=True)
     folder = run_dir.checkpoints / f"step_{step}"
-    if not folder.exists():
-        temporary = Path(tempfile.mkdtemp(dir=run_dir.checkpoints, prefix=".step_"))
-        state = temporary / "state.safetensors"
-        save_file(_tensors(model, optimizer), state)
-        meta = {"step": step, "sha256": _sha256(state)}
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        for path in (state, temporary / "meta.json", temporary):
-            _fsync(path)
-        temporary.chmod(0o755)
-        os.rename(temporary, folder)
-        _fsync(run_dir.checkpoints)
+    temporary = Path(tempfile.mkdtemp(dir=run_dir.checkpoints, prefix=".step_"))
+    state = temporary / "state.safetensors"
+    save_file(_tensors(model, optimizer), state)
+    meta = {"step": step, "sha256": _sha256(state)}
+    (temporary / "meta.json").write_text(json.dumps(meta))
+    for path in (state, temporary / "meta.json", temporary):
+        _fsync(path)
+    temporary.chmod(0o755)
+    if folder.exists():
+        set_aside(folder)
+    os.rename(temporary, folder)
+    _fsync(run_dir.checkpoints)
     for old in checkpoint_steps(run_dir)[:-keep]:
         shutil.rmtree(run_dir.checkpoints / f"step_{old}")
     for leftover in run_dir.checkpoints.glob(".step_*"):
         shutil.rmtree(leftover)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, so that it is neither loaded nor counted among the kept."""
+    aside = folder.with_name(f"damaged_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
 
 
 def checkpoint_steps(run_dir: RunDir) -> list[int]:
@@ -52,20 +60,20 @@ def checkpoint_steps(run_dir: RunDir) -> list[int]:
     return sorted(int(p.name.removeprefix("step_")) for p in run_dir.checkpoints.glob("step_*"))
 
 
-def newest_valid_checkpoint(run_dir: RunDir) -> tuple[Path, int, list[str]]:
-    """The folder and step of the newest undamaged checkpoint, and what was damaged.
+def newest_valid_checkpoint(run_dir: RunDir) -> tuple[Path, int, dict[Path, str]]:
+    """The folder and step of the newest undamaged checkpoint, and the damaged ones with why.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    damaged = []
+    damaged: dict[Path, str] = {}
     for step in reversed(checkpoint_steps(run_dir)):
         folder = run_dir.checkpoints / f"step_{step}"
         problem = _damage(folder)
         if problem is None:
             return folder, step, damaged
-        damaged.append(problem)
-    raise FileNotFoundError(f"no valid checkpoint in {run_dir.checkpoints}: {damaged}")
+        damaged[folder] = problem
+    raise FileNotFoundError(f"no valid checkpoint in {run_dir.checkpoints}: {', '.join(damaged.values())}")
 
 
 def load_model(folder: Path, model: ComponentModel) -> None:

@@ -181,7 +181,6 @@ class TrainConfig(BaseConfig):
     grad_clip: GradClipConfig
     faithfulness_warmup: WarmupConfig
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto = cuda where there is one")
-    n_threads: Count = Field(description="CPU threads of one rank")
 
 
 # ---------------------------------------------------------------- evaluation
@@ -288,7 +287,7 @@ class ClusterConfig(BaseConfig):
     gpus_per_node: Count = Field(description="tasks of one full node")
     nodes: Count | None = Field(description="null = as many as dp asks for")
     device: Literal["gpu", "cpu"] = Field(description="whether a task is given a GPU")
-    cpus_per_task: Count
+    cpus_per_task: Count = Field(description="cores, and CPU threads, of one rank")
     mem_per_task_gb: Annotated[float, Field(gt=0)] | None
     partition: str | None
     account: str | None

@@ -1,7 +1,8 @@
 """Random streams addressed by (seed, purpose, step, shard), never by ambient state.
 
 The global batch is cut into equal shards with a stream each, and a rank draws for its own shards
-only: what an example sees depends on its place in the global batch, not on dp or on a restart.
+only: what an example sees depends on its place in the global batch, not on a restart, and not on
+dp as long as dp divides the 16 shards (another dp cuts finer, with numbers of its own).
 """
 
 import hashlib

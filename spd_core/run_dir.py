@@ -95,16 +95,14 @@ def append_metrics(run_dir: RunDir, record: dict[str, float | int | str]) -> Non
 def read_metrics(run_dir: RunDir) -> list[dict[str, float | int | str]]:
     if not run_dir.metrics_file.exists():
         return []
-    return [json.loads(line) for line in run_dir.metrics_file.read_text().splitlines()]
+    lines = run_dir.metrics_file.read_text().splitlines(keepends=True)
+    # A line without its end is being written, or was when the run was killed.
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def truncate_metrics(run_dir: RunDir, last_step: int) -> None:
     """Drop what lies after `last_step`, and a half-written last line, before a run continues."""
     if not run_dir.metrics_file.exists():
         return
-    kept = []
-    for line in run_dir.metrics_file.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-    write_atomic(run_dir.metrics_file, "".join(line + "\n" for line in kept))
+    kept = [record for record in read_metrics(run_dir) if int(record["step"]) <= last_step]
+    write_atomic(run_dir.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))

@@ -67,7 +67,6 @@ def train(
         ValueError: the config does not fit the target.
         FloatingPointError: a loss is not finite at a logged step.
     """
-    torch.set_num_threads(config.train.n_threads)
     console = Console(quiet=not dist.is_main)
 
     def status(state: Literal["running", "stopped", "finished", "failed"], step: int) -> None:
@@ -119,8 +118,11 @@ def _restore_or_warm_up(
     """Continue from the newest valid checkpoint, else start with the faithfulness warm-up."""
     if checkpoint.checkpoint_steps(run_dir):
         folder, step, damaged = checkpoint.newest_valid_checkpoint(run_dir)
-        for problem in damaged:
-            console.print(f"[yellow]{problem}: passed over", soft_wrap=True)
+        distributed.barrier(dist)  # every rank has looked before rank 0 moves anything
+        for damaged_folder, problem in damaged.items():
+            console.print(f"[yellow]{problem}: set aside", soft_wrap=True)
+            if dist.is_main:
+                checkpoint.set_aside(damaged_folder)
         checkpoint.load_checkpoint(folder, model, optimizer)
         console.print(f"continuing from step {step} ({folder})", soft_wrap=True)
         return step
@@ -156,20 +158,20 @@ def _loop(
     steps = config.train.steps
     last_heartbeat = time.monotonic()
     while step < steps:
-        # ---- one optimisation step
-        log_now = step % config.track.log_every == 0 or step == steps - 1
+        # ---- one optimisation step; from here on `step` counts the steps done
         started = time.perf_counter()
         losses, total, norms = optimisation_step(config, model, optimizer, dist, step)
-        if log_now:
+        lr = schedule_value(config.train.lr, step, steps)
+        step += 1
+        if step % config.track.log_every == 0 or step in (1, steps):
             values = {f"loss/{name}": value.item() for name, value in losses.items()}
             values |= {"loss/total": total.item()}
             _check_finite(values, step)
             values |= {f"grad_norm/{name}": norm.item() for name, norm in norms.items()}
-            values["lr"] = schedule_value(config.train.lr, step, steps)
+            values["lr"] = lr
             values["examples_per_s"] = config.train.batch_size / (time.perf_counter() - started)
             if tracker is not None:
                 tracker.log(step, values)
-        step += 1
 
         # ---- rare events
         if step % config.eval.every == 0 or step == steps:
@@ -187,6 +189,7 @@ def _loop(
                 tracker.log(step, metrics | {"eval/seconds": time.perf_counter() - started})
         stopping = distributed.any_rank(should_stop(), dist)
         if stopping or step % config.checkpoint.every_steps == 0 or step == steps:
+            _check_finite({"loss/total": total.item()}, step)
             if dist.is_main:
                 checkpoint.save_checkpoint(run_dir, step, model, optimizer, config.checkpoint.keep)
             distributed.barrier(dist)

@@ -19,7 +19,7 @@ from spd_launch.errors import exit_with
 
 USAGE = "python -m spd_launch [-m] +experiment=NAME [key=value ...]"
 EXAMPLES = """examples:
-  python -m spd_launch +experiment=tms_5-2                            on Slurm if there is sbatch, else here
+  python -m spd_launch +experiment=tms_5-2                    on Slurm if there is sbatch, else here
   python -m spd_launch +experiment=tms_5-2 cluster=local train.steps=500
   python -m spd_launch +experiment=tms_5-2 cluster=cpu dp=16          2 nodes x 8 tasks
   python -m spd_launch -m +experiment=tms_5-2 seed=0,1,2              three runs, one job array
@@ -50,8 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         "spd_launch", USAGE, "Decompose a network: here, or on a cluster.", epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as seed=1 or train.lr.start=1e-3")
-    parser.add_argument("-m", "--multirun", action="store_true", help="run every value of a=1,2 lists")
+    parser.add_argument(
+        "overrides", nargs="*", help="Hydra overrides, such as seed=1 or train.lr.start=1e-3"
+    )
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="run every value of a=1,2 lists"
+    )
     parser.add_argument("--cfg", choices=["job"], help="print the composed config and do nothing")
     return parser
 
@@ -113,10 +117,15 @@ def start(folder, tasks, kind: str, python_path: Path) -> int:
 
 def _show_plan(plan) -> int:
     for array in plan.arrays:
-        place = "here" if array.cluster.kind == "local" else f"partition {array.cluster.partition or '(default)'}"
+        place = (
+            "here"
+            if array.cluster.kind == "local"
+            else f"partition {array.cluster.partition or '(default)'}"
+        )
         print(
             f"cluster={array.cluster.name}, {place}: {len(array.tasks)} run(s), each "
-            f"{array.nodes} node(s) x {array.tasks_per_node} process(es), {array.cluster.time_min} min"
+            f"{array.nodes} node(s) x {array.tasks_per_node} process(es), "
+            f"{array.cluster.time_min} min"
         )
         for task in array.tasks:
             typed = " ".join(f"{key}={value}" for key, value in task.overrides.items())

@@ -33,7 +33,7 @@ class Composed:
 
 
 def template_folders() -> list[Path]:
-    """slurm_templates/ of the current directory and of the repository; the first that has a name wins."""
+    """slurm_templates/ of the current directory, then of the repository; the first wins."""
     folders = dict.fromkeys([Path.cwd() / "slurm_templates", PACKAGE_ROOT / "slurm_templates"])
     return [folder for folder in folders if folder.is_dir()]
 
@@ -94,7 +94,9 @@ def _choices(arguments: list[str], multirun: bool) -> dict[str, list[str]]:
 
 def _check_names(choices: dict[str, list[str]]) -> None:
     if "experiment" not in choices:
-        raise LaunchError(f"choose an experiment: +experiment=NAME{nearest('', experiment_names())}")
+        raise LaunchError(
+            f"choose an experiment: +experiment=NAME{nearest('', experiment_names())}"
+        )
     for group, valid in (("experiment", experiment_names()), ("cluster", cluster_names())):
         for override in choices.get(group, []):
             name = override.partition("=")[2]

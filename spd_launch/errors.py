@@ -1,7 +1,7 @@
 """What goes wrong because of what was asked, told in one message.
 
-LaunchError (a ValueError)      a wrong name, value, profile or folder, or Slurm said no: exit code 2
-everything else                 a bug of ours: a traceback
+LaunchError (a ValueError)   a wrong name, value, profile or folder, or Slurm said no: code 2
+everything else              a bug of ours: a traceback
 """
 
 import os

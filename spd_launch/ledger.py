@@ -1,4 +1,4 @@
-"""What was launched, on disk (DESIGN.md, "On disk"): plain files, each written whole or appended to.
+"""What was launched, on disk: plain files, each written whole or appended to.
 
 A launch is one execution of one command; a run is one trained thing. `jobs.jsonl` gets a line for
 each submission, local execution and cancellation, so a run's history stays readable.
@@ -22,8 +22,10 @@ import yaml
 
 from spd_core.config import RunConfig, config_digest, config_to_yaml, load_config
 from spd_core.run_dir import RunDir, Status, read_status, write_atomic, write_status
+from spd_launch.compose import PACKAGE_ROOT
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, make_plan, shape
+from spd_launch.snapshot import drop_snapshot
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
         if not launch.jobs_file.exists():
             for path in [launch.path, *(launch.run_dir(task.run_id).path for task in plan.tasks)]:
                 shutil.rmtree(path)
+            drop_snapshot(PACKAGE_ROOT, plan.launch_id)
         raise
 
 
@@ -129,7 +132,7 @@ def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str |
     for task in plan.tasks:
         run_dir = launch.run_dir(task.run_id)
         write_atomic(run_dir.config_file, config_to_yaml(task.config))
-        mark(run_dir, "pending")
+        write_status(run_dir, _pending(task.config))
     write_atomic(launch.tasks_file, "".join(json.dumps(_row(t)) + "\n" for t in plan.tasks))
     write_atomic(launch.plan_file, json.dumps(describe(plan), indent=1) + "\n")
     write_atomic(launch.launch_file, yaml.safe_dump(info, sort_keys=False))
@@ -160,16 +163,15 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
 
 def mark(run_dir: RunDir, state: str) -> None:
     """Set a run's state from outside; step and attempt stay."""
-    old = read_status(run_dir)
-    fields = old.model_dump() if old else _blank(load_config(run_dir.config_file))
-    write_status(run_dir, Status.model_validate({**fields, "state": state}))
+    old = read_status(run_dir) or _pending(load_config(run_dir.config_file))
+    write_status(run_dir, Status.model_validate({**old.model_dump(), "state": state}))
 
 
-def _blank(config: RunConfig) -> dict[str, Any]:
-    return {
-        "step": 0, "steps": config.train.steps, "heartbeat": time.time(),
-        "attempt": 0, "job_id": None, "host": "",
-    }  # fmt: skip
+def _pending(config: RunConfig) -> Status:
+    return Status(
+        state="pending", step=0, steps=config.train.steps, heartbeat=time.time(),
+        attempt=0, job_id=None, host="",
+    )  # fmt: skip
 
 
 def note_jobs(launch: LaunchDir, kind: str, jobs: dict[str, str]) -> None:
@@ -223,7 +225,9 @@ def find_launch(name: str, out_dir: Path) -> LaunchDir:
     """
     launches = all_launches(out_dir)
     if not launches:
-        raise LaunchError(f"no launches in {out_dir}; SPD_OUT_DIR or --out-dir names another folder")
+        raise LaunchError(
+            f"no launches in {out_dir}; SPD_OUT_DIR or --out-dir names another folder"
+        )
     if name == "latest":
         return launches[-1]
     ids = [launch.launch_id for launch in launches]
@@ -231,7 +235,9 @@ def find_launch(name: str, out_dir: Path) -> LaunchDir:
     if len(found) == 1:
         return found[0]
     if found:
-        raise LaunchError(f"{name!r} names {len(found)} launches: {', '.join(x.launch_id for x in found)}")
+        raise LaunchError(
+            f"{name!r} names {len(found)} launches: {', '.join(x.launch_id for x in found)}"
+        )
     raise LaunchError(f"no launch {name!r} in {out_dir}{nearest(name, ids)}")
 
 
@@ -242,4 +248,6 @@ def find_task(tasks: Sequence[Task], name: str) -> Task:
     if len(found) == 1:
         return found[0]
     several = f"names {len(found)} runs" if found else "names no run"
-    raise LaunchError(f"{name!r} {several} of this launch{nearest(name, [t.run_id for t in tasks])}")
+    raise LaunchError(
+        f"{name!r} {several} of this launch{nearest(name, [t.run_id for t in tasks])}"
+    )

@@ -1,14 +1,13 @@
-"""Runs on this machine: dp processes of the command that Slurm would start, one run after another."""
+"""Runs on this machine: dp processes of what Slurm would start, one run after another."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator
 
 from spd_launch.ledger import LaunchDir, note_jobs
 from spd_launch.plan import Task
@@ -43,7 +42,9 @@ def _run_one(launch: LaunchDir, task: Task, python_path: Path, job_id: str) -> i
             env={
                 **os.environ,
                 **rank_environment(task.config.cluster, python_path),
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(dp)},
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(dp),
                 "SPD_JOB_ID": f"{job_id}-{task.index}",
             },
         )
@@ -57,12 +58,18 @@ def _run_one(launch: LaunchDir, task: Task, python_path: Path, job_id: str) -> i
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     """Wait for all; one that dies ends the others, which would wait for it for ever."""
-    while any(rank.poll() is None for rank in ranks):
-        if any(rank.returncode not in (None, 0, STOPPED) for rank in ranks):
+    first = 0
+    while None in [rank.poll() for rank in ranks]:  # polls each of them
+        first = first or _bad_code(ranks)
+        if first not in (0, STOPPED):
             _end(ranks, grace_s=5)
         time.sleep(0.05)
-    codes = [rank.returncode for rank in ranks]
-    return next((c if c > 0 else 128 - c for c in codes if c), 0)
+    return first or _bad_code(ranks)
+
+
+def _bad_code(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """The code of a rank that did not finish, as a shell would say it; else 0."""
+    return next((c if c > 0 else 128 - c for c in (r.returncode for r in ranks) if c), 0)
 
 
 def _interrupt(ranks: list[subprocess.Popen[bytes]]) -> int:

@@ -1,4 +1,4 @@
-"""python -m spd_launch.logs LAUNCH [TASK] [--rank R] [-f]: where a run's log is, and what it says."""
+"""python -m spd_launch.logs LAUNCH [TASK] [--rank R] [-f]: a run's log, and where it is."""
 
 import sys
 import time

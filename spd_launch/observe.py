@@ -83,9 +83,13 @@ def parser(description: str, launch_required: bool = True) -> argparse.ArgumentP
     """What the commands about a launch have in common."""
     result = argparse.ArgumentParser(description=description)
     nargs = None if launch_required else "?"
-    result.add_argument("launch", nargs=nargs, help="a launch id, a unique part of one, or `latest`")
     result.add_argument(
-        "--out-dir", type=lambda text: Path(text).expanduser().absolute(), default=ledger.default_out_dir(),
+        "launch", nargs=nargs, help="a launch id, a unique part of one, or `latest`"
+    )
+    result.add_argument(
+        "--out-dir",
+        type=lambda text: Path(text).expanduser().absolute(),
+        default=ledger.default_out_dir(),
         help="where the results are; default $SPD_OUT_DIR or ./outputs",
-    )  # fmt: skip
+    )
     return result

@@ -119,9 +119,7 @@ def run_ids(runs: Sequence[tuple[dict[str, str], RunConfig]], suffix: str) -> li
     # Cut or cleaned names may meet; equal configs must not.
     counts = Counter(names)
     digests = [config_digest(config)[:6] for _, config in runs]
-    names = [
-        n if counts[n] == 1 else f"{n}-{d}" for n, d in zip(names, digests, strict=True)
-    ]
+    names = [n if counts[n] == 1 else f"{n}-{d}" for n, d in zip(names, digests, strict=True)]
     for name, count in Counter(names).items():
         if count > 1:
             raise LaunchError(f"{count} runs of this launch are the same: {name}")

@@ -1,4 +1,4 @@
-"""Questions to Slurm, each ONE call for a whole launch: squeue for what lives, sacct for what ended.
+"""Questions to Slurm, ONE call for a whole launch: squeue for what lives, sacct for what ended.
 
 Jobs carry the launch id as their name, which finds them also when a reply of sbatch was lost.
 """

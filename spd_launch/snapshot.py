@@ -33,7 +33,9 @@ def take_snapshot(package_root: Path, code: Path, launch_id: str, exclude: Path)
         LaunchError: no git repository, or git refused; the message shows git's words.
     """
     try:
-        top, prefix = _git(package_root, "rev-parse", "--show-toplevel", "--show-prefix").split("\n")
+        top, prefix = _git(package_root, "rev-parse", "--show-toplevel", "--show-prefix").split(
+            "\n"
+        )
     except LaunchError as error:
         raise LaunchError(
             f"no usable git repository holds {package_root}, so no snapshot of the code can be "
@@ -57,6 +59,11 @@ def take_snapshot(package_root: Path, code: Path, launch_id: str, exclude: Path)
     return Snapshot(python_path, commit)
 
 
+def drop_snapshot(package_root: Path, launch_id: str) -> None:
+    """Let git forget a snapshot that nothing runs on."""
+    _ask(package_root, "update-ref", "-d", f"refs/snapshots/{launch_id}")
+
+
 def _without(exclude: Path, top: Path) -> list[str]:
     inside = exclude.resolve().is_relative_to(top.resolve())
     # git add refuses to hear of paths that it ignores anyway
@@ -74,7 +81,11 @@ def _commit(top: str, tree: str, launch_id: str) -> str:
 
 
 def _environment(index: Path | None = None) -> dict[str, str]:
-    person = {f"GIT_{who}_{what}": "spd@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    person = {
+        f"GIT_{who}_{what}": "spd@localhost"
+        for who in ("AUTHOR", "COMMITTER")
+        for what in ("NAME", "EMAIL")
+    }
     kept = {k: v for k, v in os.environ.items() if k not in _GIT_VARIABLES}
     return {**kept, **person, **({"GIT_INDEX_FILE": str(index)} if index else {})}
 

@@ -48,7 +48,9 @@ def _print_runs(launch: LaunchDir, rows: list[Observed]) -> None:
     from rich.table import Table
 
     title = f"{launch.launch_id}  ({ledger.read_info(launch)['kind']})"
-    table = Table("#", "run", "state", "step", "seen", "attempt", "job", "where", title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for name in ("#", "run", "state", "step", "seen", "attempt", "job", "where"):
+        table.add_column(name, overflow="fold", no_wrap=name == "run")
     colours = {"finished": "green", "failed": "red", "running": "cyan"}
     for row in rows:
         status = row.status

@@ -93,7 +93,9 @@ def job_parameters(
         "ntasks_per_node": per_node,
         "cpus_per_task": cluster.cpus_per_task,
         "gpus_per_node": per_node if cluster.device == "gpu" and not asks_for_gpus else None,
-        "mem": f"{int(cluster.mem_per_task_gb * per_node * 1024)}M" if cluster.mem_per_task_gb else None,
+        "mem": f"{int(cluster.mem_per_task_gb * per_node * 1024)}M"
+        if cluster.mem_per_task_gb
+        else None,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
@@ -157,6 +159,6 @@ def _outside_of_jobs() -> Iterator[None]:
 def _in_slurms_words(words: str, cluster: ClusterConfig) -> str:
     message = f"Slurm refused the job: {words.strip()}"
     if "partition" in words.lower():
-        valid = slurm_state.partitions()
-        message += f"\n       cluster.partition={cluster.partition}{nearest(str(cluster.partition), valid)}"
+        hint = nearest(str(cluster.partition), slurm_state.partitions())
+        message += f"\n       cluster.partition={cluster.partition}{hint}"
     return message

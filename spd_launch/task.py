@@ -137,7 +137,9 @@ def _meet(run_dir: RunDir, place: Place) -> Meeting:
     if place.rank:
         return await_meeting(file)
     status = read_status(run_dir)
-    address = "127.0.0.1" if place.nodes == 1 else os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    address = (
+        "127.0.0.1" if place.nodes == 1 else os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    )
     port = free_port(run_dir.path.name, place.restart)
     meeting = Meeting(address, port, 1 + (status.attempt if status else 0))
     if place.world_size > 1:

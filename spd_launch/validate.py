@@ -29,10 +29,11 @@ def validate(values: dict[str, Any]) -> RunConfig:
             lines.setdefault(".".join(path), _line(details, path))
         raise LaunchError("\n       ".join(lines.values())) from None
     _check_patterns(config)
-    if config.cluster.kind == "slurm" and config.cluster.signal_delay_s >= 60 * config.cluster.time_min:
+    cluster = config.cluster
+    if cluster.kind == "slurm" and cluster.signal_delay_s >= 60 * cluster.time_min:
         raise LaunchError(
-            f"cluster.signal_delay_s={config.cluster.signal_delay_s} is no less than the time limit, "
-            f"cluster.time_min={config.cluster.time_min} min: the job would stop as it starts"
+            f"cluster.signal_delay_s={cluster.signal_delay_s} is no less than the time limit, "
+            f"cluster.time_min={cluster.time_min} min: the job would stop as it starts"
         )
     return config
 
@@ -42,7 +43,9 @@ def _line(details: ErrorDetails, path: list[str]) -> str:
     if details["type"] == "extra_forbidden":
         parent = ".".join(path[:-1])
         where = f"in {parent}" if parent else "at the top level"
-        return f"{name}={given}: no field {path[-1]!r} {where}{nearest(path[-1], _names(path[:-1]))}"
+        return (
+            f"{name}={given}: no field {path[-1]!r} {where}{nearest(path[-1], _names(path[:-1]))}"
+        )
     if details["type"] == "missing" or given == "???":
         return f"{name}: needs a value, {name}=..."
     message = details["msg"].removeprefix("Value error, ")
@@ -55,9 +58,9 @@ def _path(details: ErrorDetails, values: Any) -> list[str]:
     """The place of an error as the user writes it: without pydantic's names of union members."""
     path = []
     for part in details["loc"]:
-        if isinstance(values, dict) and part in values:
-            values = values[part]
-        elif isinstance(values, list) and isinstance(part, int):
+        if (isinstance(values, dict) and part in values) or (
+            isinstance(values, list) and isinstance(part, int)
+        ):
             values = values[part]
         elif details["type"] != "missing" or part != details["loc"][-1]:
             continue

@@ -30,7 +30,6 @@ SMALL = (
     "train.batch_size=32",
     "train.faithfulness_warmup.steps=3",
     "train.device=cpu",
-    "train.n_threads=1",
     "eval.every=3",
     "eval.slow_every=6",
     "eval.steps=2",

@@ -43,7 +43,9 @@ def identity_ci_error(
     match pattern:
         case IdentityPattern(n=n):
             assert ci.shape[0] == n, f"identity({n}) over {ci.shape[0]} features"
-            permuted = permute_to_identity(ci)
+            # With fewer subcomponents than features, the missing ones count as never active.
+            padded = torch.nn.functional.pad(ci, (0, max(n - ci.shape[1], 0)))
+            permuted = permute_to_identity(padded)
             wanted = torch.eye(n, permuted.shape[1], device=ci.device)
             return int(((permuted - wanted).abs() > tolerance).sum())
         case DensePattern(k=k):

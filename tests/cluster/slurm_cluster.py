@@ -30,7 +30,7 @@ CPUS, GPUS, MEMORY_MB = 16, 8, 20000
 CTL, LOGIN = "10.77.0.254", "10.77.0.253"  # LOGIN: this machine, where sbatch and srun are typed
 ADDRESS = {node: f"10.77.0.{n}" for n, node in enumerate(NODES, start=1)} | {"ctl": CTL}
 LOGIN_LINK = "spd-slurm"
-MUNGE_S, DATABASE_S, ACCOUNTING_S, NODES_S, KILL_S = 10, 30, 60, 60, 20
+MUNGE_S, DATABASE_S, ACCOUNTING_S, CONTROLLER_S, NODES_S, KILL_S = 10, 30, 60, 30, 60, 20
 
 STATE = Path(os.environ.get("SPD_SLURM_DIR", "/var/tmp/spd-slurm")).resolve()
 CONF = STATE / "slurm.conf"
@@ -96,7 +96,7 @@ def obstacle(accounting: bool = True) -> str | None:
         wanted = " ".join(packages[name] for name in missing)
         return f"missing {', '.join(missing)}; run: apt-get install -y {wanted}"
     if SYSTEM_CONF.exists() and SYSTEM_CONF.resolve() != CONF:
-        return f"{SYSTEM_CONF} belongs to another Slurm; move it away first"
+        return f"{SYSTEM_CONF} is that of another Slurm ({SYSTEM_CONF.resolve()})"
     if STATE.is_dir() and any(STATE.iterdir()) and not MARK.exists():
         return f"{STATE} holds something else; name another folder in SPD_SLURM_DIR"
     return None
@@ -112,8 +112,11 @@ def namespace(host: str) -> str:
 def running(host: str) -> dict[int, str]:
     """Process id and name of all that runs on a host."""
     pids = run("ip", "netns", "pids", namespace(host), check=False).split()
-    names = {int(pid): Path(f"/proc/{pid}/comm") for pid in pids}
-    return {pid: path.read_text().strip() for pid, path in names.items() if path.exists()}
+    names: dict[int, str] = {}
+    for pid in pids:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it may have ended since
+            names[int(pid)] = Path(f"/proc/{pid}/comm").read_text().strip()
+    return names
 
 
 def make_hosts() -> None:
@@ -265,6 +268,7 @@ def up(args: argparse.Namespace) -> None:
     start("ctl", "slurmctld", "-D")
     for node in NODES:
         start(node, "slurmd", "-D", "-N", node)
+    wait_for(lambda: listens("ctl", 6817), CONTROLLER_S, "slurmctld")
     wait_for(lambda: node_states() == ["idle"] * len(NODES), NODES_S, "four idle nodes")
     print(f"up; SLURM_CONF={CONF}")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, wait_for
+from cluster import Cluster, wait_for
 
 from spd_analysis.summary import final_metrics
 from spd_core.run_dir import Status, read_status
@@ -20,8 +20,9 @@ from spd_launch.plan import Task
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
-    "+experiment=tms_5-2", "train.steps=20", "train.batch_size=64", "train.n_threads=1",
-    "eval.batch_size=64", "eval.steps=1", "eval.every=10", "eval.slow_every=20", "track.log_every=10",
+    "+experiment=tms_5-2", "train.steps=20", "train.batch_size=64",
+    "eval.batch_size=64", "eval.steps=1", "eval.every=10", "eval.slow_every=20",
+    "track.log_every=10",
     "target.steps=1000", "target.batch_size=512", "cluster=cpu", "cluster.time_min=5",
 ]  # fmt: skip
 LONG = ["train.steps=4000", "eval.every=2000", "eval.slow_every=4000", "checkpoint.every_steps=200"]
@@ -51,7 +52,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(slurm: Cluster, project: Path, out: Path) -> Command:
+@pytest.mark.usefixtures("slurm")
+def command(project: Path, out: Path) -> Command:
     def run(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments], cwd=project, capture_output=True, text=True,
@@ -85,7 +87,9 @@ def log(folder: LaunchDir, rank: int = 0) -> str:
 
 def wait_until(folder: LaunchDir, task: Task, state: str, seconds: float = 120) -> None:
     try:
-        wait_for(lambda: status(folder, task).state == state, seconds, f"{task.run_id} to be {state}")
+        wait_for(
+            lambda: status(folder, task).state == state, seconds, f"{task.run_id} to be {state}"
+        )
     except TimeoutError:
         pytest.fail(f"{status(folder, task)}\n{log(folder)}")
 
@@ -93,7 +97,9 @@ def wait_until(folder: LaunchDir, task: Task, state: str, seconds: float = 120) 
 def wait_for_steps(folder: LaunchDir, task: Task) -> None:
     """Until it trains; the first line of metrics comes with the first steps."""
     metrics = folder.run_dir(task.run_id).metrics_file
-    wait_for(lambda: metrics.exists() and '"step": 10' in metrics.read_text(), 90, "training to begin")
+    wait_for(
+        lambda: metrics.exists() and '"step": 10' in metrics.read_text(), 90, "training to begin"
+    )
 
 
 def test_one_job(command: Command, out: Path, slurm: Cluster) -> None:
@@ -101,7 +107,13 @@ def test_one_job(command: Command, out: Path, slurm: Cluster) -> None:
     folder = ledger.find_launch("latest", out)
     [task] = ledger.read_tasks(folder)
     [job] = ledger.latest_jobs(folder).values()
-    for needed in (f"job {job}", str(folder.logs), "spd_launch.logs", "spd_launch.resume", "spd_launch.cancel"):
+    for needed in (
+        f"job {job}",
+        str(folder.logs),
+        "spd_launch.logs",
+        "spd_launch.resume",
+        "spd_launch.cancel",
+    ):
         assert needed in shown
     wait_until(folder, task, "finished")
     assert status(folder, task).host in slurm.nodes
@@ -157,7 +169,9 @@ def test_a_preempted_run_saves_and_finishes(
 def test_a_run_outlives_its_time_limit(
     launch: Callable[..., tuple[LaunchDir, list[Task]]], slurm: Cluster
 ) -> None:
-    folder, [task] = launch(*LONG, "train.steps=12000", "cluster.time_min=1", "cluster.signal_delay_s=15", "dp=2")
+    folder, [task] = launch(
+        *LONG, "train.steps=12000", "cluster.time_min=1", "cluster.signal_delay_s=15", "dp=2"
+    )
     wait_until(folder, task, "stopped", 120)
     wait_until(folder, task, "finished", 400)
     assert status(folder, task).attempt >= 2
@@ -167,7 +181,9 @@ def test_a_run_outlives_its_time_limit(
     wait_for(lambda: slurm.state(job) == "COMPLETED", 60, "the job to end")
 
 
-def test_requeues_are_bounded(launch: Callable[..., tuple[LaunchDir, list[Task]]], slurm: Cluster) -> None:
+def test_requeues_are_bounded(
+    launch: Callable[..., tuple[LaunchDir, list[Task]]], slurm: Cluster
+) -> None:
     limits = ("cluster.time_min=1", "cluster.signal_delay_s=45", "launch.max_requeues=0")
     folder, [task] = launch(*LONG, "train.steps=1000000", *limits)
     wait_until(folder, task, "stopped", 120)
@@ -216,7 +232,9 @@ def pid_of_rank(folder: LaunchDir, rank: int) -> int:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             ours = str(folder.logs).encode() in (process / "cmdline").read_bytes()
-            if ours and f"SLURM_PROCID={rank}".encode() in (process / "environ").read_bytes().split(b"\0"):
+            if ours and f"SLURM_PROCID={rank}".encode() in (process / "environ").read_bytes().split(
+                b"\0"
+            ):
                 return int(process.name)
         except (FileNotFoundError, ProcessLookupError):
             continue
@@ -235,10 +253,15 @@ def test_a_cancelled_run_stays_cancelled(
     assert list(folder.run_dir(running.run_id).checkpoints.iterdir())  # it saved on its way out
 
 
-def test_a_missing_partition_is_slurms_own_error(command: Command, out: Path, slurm: Cluster) -> None:
+def test_a_missing_partition_is_slurms_own_error(
+    command: Command, out: Path, slurm: Cluster
+) -> None:
     before = sorted(out.rglob("*"))
     done = command("spd_launch", *SMALL, "cluster.partition=mian", code=2)
-    assert "invalid partition" in done.stderr and "did you mean main? valid: main, scavenge" in done.stderr
+    assert (
+        "invalid partition" in done.stderr
+        and "did you mean main? valid: main, scavenge" in done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert sorted(out.rglob("*")) == before
     assert not slurm.run("squeue", "-h", "-o", "%T", "-t", "PENDING,RUNNING")

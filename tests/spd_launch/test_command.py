@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launch_configs import config
 
 from spd_launch import ledger
 from spd_launch.compose import compose
 from spd_launch.errors import LaunchError
 from spd_launch.ledger import find_launch, new_launch, read_tasks, record
 from spd_launch.validate import validate
-from launch_configs import config
 
 ROOT = Path(__file__).parent.parent.parent
 LOCAL = ["+experiment=tms_5-2", "cluster=local"]
@@ -27,7 +27,7 @@ BAD = [
     ([*LOCAL, "traim.steps=3"], "no field 'traim' at the top level; did you mean train"),
     ([*LOCAL, "losses.stochastic_recn.coeff=1"], "in losses; did you mean stochastic_recon"),
     ([*LOCAL, "eval.metrics.ci_l1.when=fast"], "in eval.metrics; did you mean ci_l0"),
-    ([*LOCAL, "eval.metrics.identity_ci_error.modules.linear1.m=2"], "no field 'm' in .*valid: .*n"),
+    ([*LOCAL, "eval.metrics.identity_ci_error.modules.linear1.m=2"], "no field 'm'.*valid: .*n"),
     ([*LOCAL, "train.steps=many"], "train.steps=many: input should be a valid integer"),
     ([*LOCAL, "seed=-1"], "seed=-1: .*greater than or equal to 0"),
     ([*LOCAL, "losses.faithfulness.coeff=null"], "losses.faithfulness.coeff=None"),
@@ -40,7 +40,9 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda x: x[-1] if isinstance(x, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda x: x[-1] if isinstance(x, list) else ""
+)
 def test_bad_input_is_named(arguments: list[str], message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         for run in compose(arguments, multirun=False):
@@ -48,9 +50,13 @@ def test_bad_input_is_named(arguments: list[str], message: str) -> None:
 
 
 def test_multirun_is_the_product_of_its_lists() -> None:
-    runs = compose(["experiment=tms_5-2", "cluster=local", "seed=range(0,3)", "train.lr.start=1e-3,3e-3"], True)
+    runs = compose(
+        ["experiment=tms_5-2", "cluster=local", "seed=range(0,3)", "train.lr.start=1e-3,3e-3"], True
+    )
     configs = [validate(run.values) for run in runs]
-    assert [(c.seed, c.train.lr.start) for c in configs] == [(s, lr) for s in range(3) for lr in (1e-3, 3e-3)]
+    assert [(c.seed, c.train.lr.start) for c in configs] == [
+        (s, lr) for s in range(3) for lr in (1e-3, 3e-3)
+    ]
     assert runs[0].overrides["seed"] == "0"
 
 
@@ -61,16 +67,23 @@ def test_an_override_reaches_a_field_that_the_yaml_leaves_out() -> None:
     assert losses.stochastic_recon is None
 
 
-def test_the_current_directory_has_its_own_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_directory_has_its_own_profiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "it's mine" / "slurm_templates" / "cluster"
     folder.mkdir(parents=True)
     text = (ROOT / "slurm_templates/cluster/cpu.yaml").read_text()
     (folder / "mine.yaml").write_text(text.replace("name: cpu", "name: mine"))
     monkeypatch.chdir(folder.parent.parent)
-    assert validate(compose(["+experiment=tms_5-2", "cluster=mine"], False)[0].values).cluster.name == "mine"
+    assert (
+        validate(compose(["+experiment=tms_5-2", "cluster=mine"], False)[0].values).cluster.name
+        == "mine"
+    )
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "slurm_templates/cluster").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "slurm_templates/cluster").glob("*.yaml")), ids=lambda f: f.stem
+)
 def test_every_profile_is_valid(file: Path) -> None:
     validate(compose(["+experiment=tms_5-2", f"cluster={file.stem}"], False)[0].values)
 
@@ -79,7 +92,12 @@ def test_a_launch_on_disk(tmp_path: Path) -> None:
     runs = [({"seed": str(s)}, config(seed=s, launch__out_dir=str(tmp_path))) for s in (0, 1)]
     plan, launch = new_launch(runs)
     record(launch, plan, ROOT, None)
-    assert {f.name for f in launch.path.iterdir()} == {"launch.yaml", "plan.json", "tasks.jsonl", "logs"}
+    assert {f.name for f in launch.path.iterdir()} == {
+        "launch.yaml",
+        "plan.json",
+        "tasks.jsonl",
+        "logs",
+    }
     assert [t.run_id for t in read_tasks(launch)] == [t.run_id for t in plan.tasks]
     assert read_tasks(launch)[1].config == runs[1][1]
     status = json.loads((launch.run_dir(plan.tasks[0].run_id).status_file).read_text())
@@ -104,7 +122,9 @@ def test_nothing_is_left_of_a_launch_that_failed_before_it_was_sent(tmp_path: Pa
 
 def run(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "SPD_OUT_DIR": str(out)}
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=env, capture_output=True, text=True
+    )
 
 
 def test_commands_end_with_one_message_and_code_2(tmp_path: Path) -> None:
@@ -124,8 +144,10 @@ def test_config_is_shown_and_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [*LOCAL, "launch.dry_run=true"]], ids=["help", "dry"])
-def test_planning_takes_less_than_a_second_and_no_torch(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["--help"], [*LOCAL, "launch.dry_run=true"]], ids=["help", "dry"]
+)
+def test_planning_takes_less_than_a_second_and_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys, spd_launch.__main__ as m\n"
         "sys.argv[1:] = " + repr(arguments) + "\n"
@@ -133,15 +155,13 @@ def test_planning_takes_less_than_a_second_and_no_torch(arguments: list[str], tm
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'submitit' not in sys.modules\n"
     )
-    before = os.times()
+    before = sum(os.times()[2:4])  # user and system time of the children
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    after = os.times()
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
+    assert sum(os.times()[2:4]) - before < 1
 
 
 def test_no_launcher_module_loads_torch() -> None:
     names = [f.stem for f in (ROOT / "spd_launch").glob("*.py")]
-    code = f"import sys\nfor n in {names}: __import__('spd_launch.' + n)\nassert 'torch' not in sys.modules"
+    code = f"import sys\nfor n in {names}: __import__('spd_launch.' + n)\n"
+    code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-

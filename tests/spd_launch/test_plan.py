@@ -3,13 +3,13 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from launch_configs import config
 
 from spd_core.config import ClusterConfig
 from spd_launch.errors import LaunchError
 from spd_launch.ledger import describe
 from spd_launch.plan import clean, group, make_plan, run_ids, shape
 from spd_launch.submit import split
-from launch_configs import config
 
 CPU: ClusterConfig = config("cpu").cluster
 WORDS = st.text("abz/ $'\"%.-0é\n", min_size=1, max_size=40)
@@ -54,7 +54,10 @@ def test_run_ids_are_unique_and_safe(names: list[str]) -> None:
 
 def test_run_ids_show_what_varies() -> None:
     runs = [
-        ({"experiment": "x", "seed": "0", "train.lr.start": v, "train.steps": "4"}, config(train__lr__start=float(v)))
+        (
+            {"experiment": "x", "seed": "0", "train.lr.start": v, "train.steps": "4"},
+            config(train__lr__start=float(v)),
+        )
         for v in ("1e-3", "3e-3")
     ]
     assert run_ids(runs, "ab12") == ["tms_5-2-seed0-start1e-3-ab12", "tms_5-2-seed0-start3e-3-ab12"]

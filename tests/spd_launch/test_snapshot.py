@@ -34,12 +34,20 @@ def test_snapshot_is_the_dirty_tree_and_touches_nothing(repo: Path, tmp_path: Pa
     (repo / "new file.py").write_text("untracked\n")
     (repo / "secret").write_text("ignored\n")
     (repo / "gone.py").unlink()
-    before = git(repo, "status", "--porcelain"), (repo / ".git/index").read_bytes(), git(repo, "log")
+    before = (
+        git(repo, "status", "--porcelain"),
+        (repo / ".git/index").read_bytes(),
+        git(repo, "log"),
+    )
 
     code = tmp_path / "a launch" / "code"
     snapshot = take_snapshot(repo, code, "id-1", exclude=tmp_path / "out")
 
-    assert before == (git(repo, "status", "--porcelain"), (repo / ".git/index").read_bytes(), git(repo, "log"))
+    assert before == (
+        git(repo, "status", "--porcelain"),
+        (repo / ".git/index").read_bytes(),
+        git(repo, "log"),
+    )
     names = sorted(str(f.relative_to(code)) for f in code.rglob("*") if f.is_file())
     assert names == [".gitignore", "new file.py", "spd_launch/__init__.py", "staged.py"]
     assert (code / "spd_launch/__init__.py").read_text() == "VALUE = 2\n"

@@ -1,0 +1,42 @@
+import pytest
+
+from spd_analysis.summary import final_metrics, format_value, metric_table, print_summary
+from spd_core.run_dir import append_metrics
+
+
+@pytest.fixture
+def run_dir(make_run_dir):
+    run_dir = make_run_dir("a_run")
+    append_metrics(run_dir, {"step": 0, "loss/total": 2.0, "lr": 0.1})
+    return run_dir
+
+
+def test_without_an_evaluation_the_error_says_so(run_dir):
+    for function in (final_metrics, metric_table, print_summary):
+        with pytest.raises(ValueError, match="no evaluation"):
+            function(run_dir)
+
+
+def test_the_last_value_of_every_metric_counts(run_dir):
+    append_metrics(run_dir, {"step": 1, "eval/mmcs/linear1": 0.2, "eval/loss/x": 3.0})
+    append_metrics(run_dir, {"step": 2, "eval/mmcs/linear1": 0.9, "eval/mmcs/linear2": 0.5})
+    modules, per_module, losses = metric_table(run_dir)
+    assert modules == ["linear1", "linear2"]
+    assert per_module == {"mmcs": {"linear1": 0.9, "linear2": 0.5}}
+    assert losses == {"x": 3.0}
+    assert final_metrics(run_dir)["loss/total"] == 2.0
+
+
+@pytest.mark.parametrize("metric, value, text", [
+    ("identity_ci_error", 3.0, "3"), ("mmcs", 0.123456, "0.1235"), ("ci_l0_0.1", 2.0, "2"),
+])  # fmt: skip
+def test_format(metric, value, text):
+    assert format_value(metric, value) == text
+
+
+@pytest.mark.parametrize("wrong, verdict", [(0.0, "was found"), (2.0, "was not found")])
+def test_the_summary_names_the_run_and_the_verdict(wrong, verdict, run_dir, capsys):
+    append_metrics(run_dir, {"step": 6, "eval/identity_ci_error/linear1": wrong, "eval/loss/x": 3.0})
+    print_summary(run_dir)
+    printed = capsys.readouterr().out
+    assert verdict in printed and "a_run" in printed and "report.html" in printed
