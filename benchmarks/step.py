@@ -24,7 +24,7 @@ N_WARMUP = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experiment", required=True)
     parser.add_argument("--batch", type=int, help="batch size; the experiment's where absent")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")

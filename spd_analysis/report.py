@@ -78,6 +78,7 @@ def write_report(run_dir: RunDir) -> Path:
         ValueError: the folder holds no evaluated run.
     """
     config = load_config(run_dir.config_file)
+    result = _result(run_dir)
     env = environment(run_dir)
     subtitle = (
         f"{config.experiment}, seed {config.seed}, {config.train.steps:,} steps, "
@@ -87,7 +88,7 @@ def write_report(run_dir: RunDir) -> Path:
     page = PAGE.substitute(
         name=escape(run_dir.path.name),
         subtitle=escape(subtitle),
-        result=_result(run_dir),
+        result=result,
         curves=f"<section><h2>Training</h2>{_curves(run_dir)}</section>",
         figures=_figures(run_dir),
         config=escape(run_dir.config_file.read_text()),
@@ -144,7 +145,8 @@ def _curves(run_dir: RunDir) -> str:
         ax.set_xlabel("step")
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=9)
+        if ax.lines:
+            ax.legend(frameon=False, fontsize=9)
     left.set(yscale="log", title="losses")
     right.set(ylim=(0, None), title="ci_l0: subcomponents active per position")
     svg = io.StringIO()

@@ -73,7 +73,8 @@ def newest_valid_checkpoint(run_dir: RunDir) -> tuple[Path, int, dict[Path, str]
         if problem is None:
             return folder, step, damaged
         damaged[folder] = problem
-    raise FileNotFoundError(f"no valid checkpoint in {run_dir.checkpoints}: {', '.join(damaged.values())}")
+    problems = ", ".join(damaged.values())
+    raise FileNotFoundError(f"no valid checkpoint in {run_dir.checkpoints}: {problems}")
 
 
 def load_model(folder: Path, model: ComponentModel) -> None:

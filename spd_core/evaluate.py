@@ -55,13 +55,11 @@ def evaluate(
             result[f"eval/ci_l0_{metrics.ci_l0.threshold}/{name}"] = l0
     single_ci = single_feature_ci(model, config.target.n_features, dist.device)
     if metrics.identity_ci_error is not None and _due(metrics.identity_ci_error, when):
-        _check_decomposed("identity_ci_error", list(metrics.identity_ci_error.modules), model)
         for name, pattern in metrics.identity_ci_error.modules.items():
             result[f"eval/identity_ci_error/{name}"] = identity_ci_error(
                 single_ci[name], pattern, metrics.identity_ci_error.tolerance
             )
     if metrics.mmcs_ml2r is not None and _due(metrics.mmcs_ml2r, when):
-        _check_decomposed("mmcs_ml2r", list(metrics.mmcs_ml2r.modules), model)
         for name, side in metrics.mmcs_ml2r.modules.items():
             mmcs, ml2r = mmcs_ml2r(model.components[name], side)
             result |= {f"eval/mmcs/{name}": mmcs, f"eval/ml2r/{name}": ml2r}
@@ -74,13 +72,21 @@ def _due(metric: MetricConfig | None, when: Literal["fast", "slow"]) -> bool:
     return metric is not None and (when == "slow" or metric.when == "fast")
 
 
-def _check_decomposed(metric: str, names: list[str], model: ComponentModel) -> None:
-    for name in names:
-        if name not in model.components:
-            raise ValueError(
-                f"eval.metrics.{metric}.modules names {name!r}, which is not decomposed; "
-                f"decomposed are {', '.join(model.components)}"
-            )
+def check_metric_modules(config: RunConfig, model: ComponentModel) -> None:
+    """Refuse metrics of modules that are not decomposed, before any training.
+
+    Raises:
+        ValueError: names the metric, the module, and the modules that are decomposed.
+    """
+    metrics = config.eval.metrics
+    named = {"identity_ci_error": metrics.identity_ci_error, "mmcs_ml2r": metrics.mmcs_ml2r}
+    for metric, options in named.items():
+        for name in [] if options is None else options.modules:
+            if name not in model.components:
+                raise ValueError(
+                    f"eval.metrics.{metric}.modules names {name!r}, which is not decomposed; "
+                    f"decomposed are {', '.join(model.components)}"
+                )
 
 
 def _run_batches(

@@ -6,12 +6,12 @@ from spd_core.config import ImportanceMinimalityConfig, ScheduleConfig
 
 
 def schedule_value(schedule: ScheduleConfig, step: int, steps: int) -> float:
-    """The value at `step` of 0..steps-1; the last step has `end` exactly.
+    """The value at `step` of 0..steps-1; of more steps than one, the last has `end` exactly.
 
     Warm-up rises linearly from 0; cosine is the half period
     end + (start - end) (1 + cos(pi t)) / 2 over what remains.
     """
-    n_warmup = int(schedule.warmup_fraction * steps)
+    n_warmup = min(round(schedule.warmup_fraction * steps), steps - 1)
     if step < n_warmup:
         return schedule.start * step / n_warmup
     t = min((step - n_warmup) / max(steps - 1 - n_warmup, 1), 1.0)

@@ -4,11 +4,10 @@ Only rank 0 tracks.
 """
 
 import json
-import os
 import platform
-import subprocess
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -131,7 +130,6 @@ def _start_wandb(config: RunConfig, run_dir: RunDir, console: Console) -> Any | 
 
 def write_environment(run_dir: RunDir) -> None:
     """Record what the run ran on: versions, machine, command and commit."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     record = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -140,6 +138,6 @@ def write_environment(run_dir: RunDir) -> None:
         "host": platform.node(),
         "n_threads": torch.get_num_threads(),
         "command": sys.argv,
-        "commit": os.environ["SPD_COMMIT"] if "SPD_COMMIT" in os.environ else git.stdout.strip(),
+        "code": str(Path(__file__).parent.parent),
     }
     write_atomic(run_dir.env_file, json.dumps(record, indent=2) + "\n")

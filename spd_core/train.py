@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from spd_core import checkpoint, distributed
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.distributed import Dist
-from spd_core.evaluate import evaluate, make_batch
+from spd_core.evaluate import check_metric_modules, evaluate, make_batch
 from spd_core.losses import Batch, configured, loss_parts
 from spd_core.losses.faithfulness import faithfulness
 from spd_core.randomness import StepRandomness
@@ -50,6 +51,33 @@ def build_optimizer(config: RunConfig, model: ComponentModel) -> torch.optim.Ada
     )
 
 
+@dataclass
+class StatusWriter:
+    """Keeps status.json (rank 0 only); `step` is where the run stands, also when it fails."""
+
+    run_dir: RunDir
+    is_main: bool
+    steps: int
+    attempt: int
+    job_id: str | None
+    step: int = 0
+
+    def write(self, state: Literal["running", "stopped", "finished", "failed"]) -> None:
+        if self.is_main:
+            write_status(
+                self.run_dir,
+                Status(
+                    state=state,
+                    step=self.step,
+                    steps=self.steps,
+                    heartbeat=time.time(),
+                    attempt=self.attempt,
+                    job_id=self.job_id,
+                    host=socket.gethostname(),
+                ),
+            )
+
+
 def train(
     config: RunConfig,
     run_dir: RunDir,
@@ -68,42 +96,25 @@ def train(
         FloatingPointError: a loss is not finite at a logged step.
     """
     console = Console(quiet=not dist.is_main)
-
-    def status(state: Literal["running", "stopped", "finished", "failed"], step: int) -> None:
-        if dist.is_main:
-            write_status(
-                run_dir,
-                Status(
-                    state=state,
-                    step=step,
-                    steps=config.train.steps,
-                    heartbeat=time.time(),
-                    attempt=attempt,
-                    job_id=job_id,
-                    host=socket.gethostname(),
-                ),
-            )
-
-    step = 0
-    status("running", step)
+    status = StatusWriter(run_dir, dist.is_main, config.train.steps, attempt, job_id)
+    status.write("running")
     try:
         model = build_model(config, run_dir.targets, dist, console)
+        check_metric_modules(config, model)
         optimizer = build_optimizer(config, model)
-        step = _restore_or_warm_up(config, run_dir, model, optimizer, dist, console)
-        status("running", step)
+        status.step = _restore_or_warm_up(config, run_dir, model, optimizer, dist, console)
+        status.write("running")
         if dist.is_main:
             write_environment(run_dir)
-            truncate_metrics(run_dir, step)
+            truncate_metrics(run_dir, status.step)
         distributed.barrier(dist)
         if not dist.is_main:
-            return _loop(config, run_dir, model, optimizer, dist, step, should_stop, status, None)
-        with Tracker(config, run_dir, console, step) as tracker:
-            return _loop(
-                config, run_dir, model, optimizer, dist, step, should_stop, status, tracker
-            )
+            return _loop(config, run_dir, model, optimizer, dist, should_stop, status, None)
+        with Tracker(config, run_dir, console, status.step) as tracker:
+            return _loop(config, run_dir, model, optimizer, dist, should_stop, status, tracker)
     except BaseException:
         # Whatever ended the run, its status must say so; the error itself goes on.
-        status("failed", step)
+        status.write("failed")
         raise
 
 
@@ -150,19 +161,18 @@ def _loop(
     model: ComponentModel,
     optimizer: torch.optim.AdamW,
     dist: Dist,
-    step: int,
     should_stop: Callable[[], bool],
-    status: Callable[[Literal["running", "stopped", "finished", "failed"], int], None],
+    status: StatusWriter,
     tracker: Tracker | None,
 ) -> Literal["finished", "stopped"]:
-    steps = config.train.steps
+    step, steps = status.step, config.train.steps
     last_heartbeat = time.monotonic()
     while step < steps:
         # ---- one optimisation step; from here on `step` counts the steps done
         started = time.perf_counter()
         losses, total, norms = optimisation_step(config, model, optimizer, dist, step)
         lr = schedule_value(config.train.lr, step, steps)
-        step += 1
+        step = status.step = step + 1
         if step % config.track.log_every == 0 or step in (1, steps):
             values = {f"loss/{name}": value.item() for name, value in losses.items()}
             values |= {"loss/total": total.item()}
@@ -189,19 +199,19 @@ def _loop(
                 tracker.log(step, metrics | {"eval/seconds": time.perf_counter() - started})
         stopping = distributed.any_rank(should_stop(), dist)
         if stopping or step % config.checkpoint.every_steps == 0 or step == steps:
-            _check_finite({"loss/total": total.item()}, step)
+            _check_finite({f"grad_norm/{n}": norm.item() for n, norm in norms.items()}, step)
             if dist.is_main:
                 checkpoint.save_checkpoint(run_dir, step, model, optimizer, config.checkpoint.keep)
             distributed.barrier(dist)
         if tracker is not None:
             tracker.advance(step)
         if stopping and step < steps:
-            status("stopped", step)
+            status.write("stopped")
             return "stopped"
         if time.monotonic() - last_heartbeat > HEARTBEAT_S:
             last_heartbeat = time.monotonic()
-            status("running", step)
-    status("finished", step)
+            status.write("running")
+    status.write("finished")
     return "finished"
 
 
@@ -275,6 +285,6 @@ def _check_finite(values: dict[str, float], step: int) -> None:
     bad = {name: value for name, value in values.items() if not abs(value) < float("inf")}
     if bad:
         raise FloatingPointError(
-            f"losses are not finite at step {step}: {bad}; the last checkpoint is untouched. "
+            f"not finite at step {step}: {bad}; the last checkpoint is untouched. "
             "Lower train.lr.start, or clip with train.grad_clip"
         )

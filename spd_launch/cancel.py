@@ -2,10 +2,12 @@
 
 import os
 import signal
+import socket
 import time
+from contextlib import suppress
 
 from spd_launch import ledger, slurm_state
-from spd_launch.errors import exit_with
+from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed, observe, parser
 
@@ -31,18 +33,27 @@ def main() -> int:
 
 
 def _end(launch: LaunchDir, rows: list[Observed], timeout_s: float = 120) -> None:
+    """Ask for the end of these runs, and wait for it."""
     if ledger.read_info(launch)["kind"] == "local":
-        for pid in {int(row.job_id.split("-")[-1]) for row in rows}:
-            os.kill(pid, signal.SIGTERM)
-        return
-    ids = {row.job_id for row in rows}
-    slurm_state.cancel_jobs(sorted(ids))
+        # One process runs them one after another; a second signal would not let it save.
+        for row in {row.job_id: row for row in rows}.values():
+            _end_here(row)
+    else:
+        slurm_state.cancel_jobs(sorted({row.job_id for row in rows}))
+    tasks = [row.task for row in rows]
     deadline = time.monotonic() + timeout_s
-    while ids & set(slurm_state.live_jobs(launch.launch_id)):
+    while any(row.live for row in observe(launch, tasks)):
         if time.monotonic() > deadline:
-            print(f"Slurm has not ended all of them after {timeout_s:.0f} s")
+            print(f"they have not ended after {timeout_s:.0f} s")
             return
         time.sleep(1)
+
+
+def _end_here(row: Observed) -> None:
+    if row.where not in ("", socket.gethostname()):
+        raise LaunchError(f"{row.task.run_id} runs on {row.where}: cancel it there")
+    with suppress(ProcessLookupError):
+        os.kill(int(row.job_id.split("-")[-1]), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ def _compose_one(typed: list[str]) -> Composed:
     except (HydraException, OmegaConfBaseException) as error:
         raise LaunchError(f"{' '.join(typed)}: {error}") from None
     assert isinstance(values, dict)
+    values = {str(key): value for key, value in values.items()}
     values["launch"]["out_dir"] = str(Path(values["launch"]["out_dir"]).expanduser().absolute())
     pairs = (override.lstrip("+").partition("=") for override in typed)
     return Composed({key: value for key, _, value in pairs}, values)

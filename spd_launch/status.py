@@ -1,14 +1,19 @@
 """python -m spd_launch.status [LAUNCH] [--watch]: the launches, or the runs of one."""
 
+import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spd_core.run_dir import read_status
 from spd_launch import ledger
 from spd_launch.errors import exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed, observe, parser
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main() -> int:
@@ -29,7 +34,6 @@ def main() -> int:
 
 def _list(out_dir: Path) -> int:
     """From the files alone: one line for each launch."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("launch", "runs", "states", title=str(out_dir), title_justify="left")
@@ -39,18 +43,17 @@ def _list(out_dir: Path) -> int:
         counts = Counter(status.state for status in statuses if status)
         states = ", ".join(f"{n} {state}" for state, n in counts.most_common())
         table.add_row(launch.launch_id, str(len(tasks)), states)
-    Console().print(table)
+    _console().print(table)
     return 0
 
 
 def _print_runs(launch: LaunchDir, rows: list[Observed]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     title = f"{launch.launch_id}  ({ledger.read_info(launch)['kind']})"
     table = Table(title=title, title_justify="left")
     for name in ("#", "run", "state", "step", "seen", "attempt", "job", "where"):
-        table.add_column(name, overflow="fold", no_wrap=name == "run")
+        table.add_column(name, no_wrap=name != "where")
     colours = {"finished": "green", "failed": "red", "running": "cyan"}
     for row in rows:
         status = row.status
@@ -60,7 +63,14 @@ def _print_runs(launch: LaunchDir, rows: list[Observed]) -> None:
             str(row.task.index), row.task.run_id, f"[{colour}]{row.state}[/]",
             f"{status.step}/{status.steps}", seen, str(status.attempt), row.job_id, row.where,
         )  # fmt: skip
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> "Console":
+    """As wide as the terminal; wide enough for long names where the table goes into a pipe."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def _ago(moment: float) -> str:

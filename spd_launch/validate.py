@@ -58,9 +58,9 @@ def _path(details: ErrorDetails, values: Any) -> list[str]:
     """The place of an error as the user writes it: without pydantic's names of union members."""
     path = []
     for part in details["loc"]:
-        if (isinstance(values, dict) and part in values) or (
-            isinstance(values, list) and isinstance(part, int)
-        ):
+        if isinstance(values, list):
+            values = dict(enumerate(values))
+        if isinstance(values, dict) and part in values:
             values = values[part]
         elif details["type"] != "missing" or part != details["loc"][-1]:
             continue

@@ -12,6 +12,7 @@ from spd_core.components import LinearComponents
 from spd_core.config import DensePattern, IdentityPattern, SolutionPattern
 
 FEATURE_VALUE = 0.75
+NEGLIGIBLE = 0.01
 
 
 @torch.no_grad()
@@ -42,7 +43,11 @@ def identity_ci_error(
     """
     match pattern:
         case IdentityPattern(n=n):
-            assert ci.shape[0] == n, f"identity({n}) over {ci.shape[0]} features"
+            if ci.shape[0] != n:
+                raise ValueError(
+                    f"eval.metrics.identity_ci_error: identity of n={n}, but the target has "
+                    f"{ci.shape[0]} features"
+                )
             # With fewer subcomponents than features, the missing ones count as never active.
             padded = torch.nn.functional.pad(ci, (0, max(n - ci.shape[1], 0)))
             permuted = permute_to_identity(padded)
@@ -60,7 +65,8 @@ def mmcs_ml2r(
 
     For each feature j: the subcomponent c whose contribution U[c] V[j, c] points most along
     W[:, j], and the ratio of its length to that of W[:, j]. With `features_out` the features are
-    the rows of W, and V and U change places.
+    the rows of W, and V and U change places. A contribution below 1 % of W[:, j] does not compete:
+    among many dead subcomponents one points along any direction by chance.
     """
     match side:
         case "features_in":
@@ -69,7 +75,6 @@ def mmcs_ml2r(
             features, other, weight = components.U.T, components.V.T, components.weight
     contributions: Float[Tensor, "n_features C d"] = torch.einsum("jc,cd->jcd", features, other)
     cosine = torch.cosine_similarity(contributions, weight[:, None, :], dim=-1)
-    best, index = cosine.max(dim=1)
-    chosen = contributions[torch.arange(len(index), device=index.device), index]
-    ratio = chosen.norm(dim=-1) / weight.norm(dim=-1)
-    return best.mean().item(), ratio.mean().item()
+    ratio = contributions.norm(dim=-1) / weight.norm(dim=-1)[:, None]
+    best, index = cosine.masked_fill(ratio < NEGLIGIBLE, 0.0).max(dim=1)
+    return best.mean().item(), ratio.gather(1, index[:, None]).mean().item()

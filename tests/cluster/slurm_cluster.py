@@ -138,7 +138,10 @@ def make_hosts() -> None:
         run("ip", "-n", ctl, "link", "set", node, "master", "bridge", "up")
         run("ip", "-n", namespace(node), "addr", "add", f"{ADDRESS[node]}/24", "dev", "eth0")
         run("ip", "-n", namespace(node), "link", "set", "eth0", "up")
-    with HOSTS.open("a") as hosts:
+    with HOSTS.open("a+") as hosts:
+        hosts.seek(0)
+        if not hosts.read().endswith("\n"):
+            hosts.write("\n")
         hosts.writelines(f"{ip} {host} {HOSTS_MARK}\n" for host, ip in ADDRESS.items())
 
 

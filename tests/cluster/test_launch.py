@@ -52,13 +52,15 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-@pytest.mark.usefixtures("slurm")
-def command(project: Path, out: Path) -> Command:
+def command(slurm: Cluster, project: Path, out: Path) -> Command:
+    ours = {"SPD_OUT_DIR": out, "PYTHONPATH": project, "SLURM_CONF": slurm.conf}
+    env = {**os.environ, **{name: str(path) for name, path in ours.items()}}
+
     def run(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", module, *arguments]
         done = subprocess.run(
-            [sys.executable, "-m", module, *arguments], cwd=project, capture_output=True, text=True,
-            env={**os.environ, "SPD_OUT_DIR": str(out), "PYTHONPATH": str(project)}, timeout=300,
-        )  # fmt: skip
+            line, cwd=project, env=env, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
@@ -170,7 +172,12 @@ def test_a_run_outlives_its_time_limit(
     launch: Callable[..., tuple[LaunchDir, list[Task]]], slurm: Cluster
 ) -> None:
     folder, [task] = launch(
-        *LONG, "train.steps=12000", "cluster.time_min=1", "cluster.signal_delay_s=15", "dp=2"
+        *LONG,
+        "train.steps=1500",
+        "train.batch_size=4096",
+        "cluster.time_min=1",
+        "cluster.signal_delay_s=15",
+        "dp=2",
     )
     wait_until(folder, task, "stopped", 120)
     wait_until(folder, task, "finished", 400)

@@ -79,7 +79,6 @@ def test_a_run_without_an_evaluation_is_an_error(make_config, make_run_dir):
     assert not run_dir.report_file.exists()
 
 
-@pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="report.py: env.json is read first")
 def test_a_run_that_never_started_is_an_error(make_config, make_run_dir):
     run_dir = make_run_dir("pending")
     run_dir.config_file.write_text(config_to_yaml(make_config()))

@@ -36,7 +36,9 @@ def test_format(metric, value, text):
 
 @pytest.mark.parametrize("wrong, verdict", [(0.0, "was found"), (2.0, "was not found")])
 def test_the_summary_names_the_run_and_the_verdict(wrong, verdict, run_dir, capsys):
-    append_metrics(run_dir, {"step": 6, "eval/identity_ci_error/linear1": wrong, "eval/loss/x": 3.0})
+    append_metrics(
+        run_dir, {"step": 6, "eval/identity_ci_error/linear1": wrong, "eval/loss/x": 3.0}
+    )
     print_summary(run_dir)
     printed = capsys.readouterr().out
     assert verdict in printed and "a_run" in printed and "report.html" in printed

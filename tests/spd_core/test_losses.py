@@ -93,7 +93,9 @@ def test_importance_minimality(p, beta, leading):
 
 def test_importance_minimality_has_finite_gradients_at_zero(one_process):
     upper = torch.zeros(4, 3, requires_grad=True)
-    sum_, _ = importance_minimality({"a": CausalImportance(upper, upper, upper)}, 0.5, 1.0, one_process)
+    sum_, _ = importance_minimality(
+        {"a": CausalImportance(upper, upper, upper)}, 0.5, 1.0, one_process
+    )
     sum_.backward()
     assert upper.grad.isfinite().all()
 
@@ -156,7 +158,9 @@ def single_linear(make_config, exact, *overrides):
     config = make_config(*off, *overrides).decompose
     target = nn.Sequential()
     target.add_module("linear1", nn.Linear(3, 2))
-    target.linear1.weight.data = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([1.0, -1.0, 3.0]))
+    target.linear1.weight.data = torch.outer(
+        torch.tensor([1.0, 2.0]), torch.tensor([1.0, -1.0, 3.0])
+    )
     model = ComponentModel(target, config, 0)
     c = model.components["linear1"]
     c.V.data, c.U.data = torch.tensor([[1.0], [-1.0], [3.0]]), torch.tensor([[1.0, 2.0]])

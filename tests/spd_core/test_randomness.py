@@ -13,7 +13,9 @@ def draws(world, batch=32, seed=0, step=0, purpose="x"):
     parts = []
     for rank in range(world):
         s = StepRandomness(seed, step, rank, world, batch, CPU).batch_stream(purpose)
-        parts.append(torch.cat([s.uniform(3), s.integers(0, 100, 2).float(), s.uniform()[:, None]], 1))
+        parts.append(
+            torch.cat([s.uniform(3), s.integers(0, 100, 2).float(), s.uniform()[:, None]], 1)
+        )
     assert all(len(part) == batch // world for part in parts)
     return torch.cat(parts)
 

@@ -86,9 +86,11 @@ def reference(W, V, U):
     for j in range(W.shape[1]):
         w = W[:, j]
         parts = [U[c] * V[j, c] for c in range(len(U))]
-        cos = [p @ w / (np.linalg.norm(p) * np.linalg.norm(w)) for p in parts]
+        sizes = [np.linalg.norm(p) / np.linalg.norm(w) for p in parts]
+        pairs = zip(parts, sizes, strict=True)
+        cos = [p @ w / (size * (w @ w)) if size >= 0.01 else 0.0 for p, size in pairs]
         cosines.append(max(cos))
-        ratios.append(np.linalg.norm(parts[int(np.argmax(cos))]) / np.linalg.norm(w))
+        ratios.append(sizes[int(np.argmax(cos))])
     return np.mean(cosines), np.mean(ratios)
 
 
@@ -113,3 +115,9 @@ def test_the_paper_solution_has_mmcs_one(shrink, side):
     V, U = np.eye(5)[:, [3, 1, 0, 2, 4]], W.T[[3, 1, 0, 2, 4]] * shrink
     W, V, U = (W, V, U) if side == "features_in" else (W.T, U.T, V.T)
     assert mmcs_ml2r(components(W, V, U), side) == pytest.approx((1.0, shrink), rel=1e-5)
+
+
+def test_a_dead_subcomponent_that_points_the_right_way_does_not_count():
+    W, V = np.array([[1.0], [0.0]]), np.array([[1e-3, 1.0]])
+    U = np.array([[1.0, 0.0], [3.0, 4.0]])
+    assert mmcs_ml2r(components(W, V, U), "features_in") == pytest.approx((0.6, 5.0))

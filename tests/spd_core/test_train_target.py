@@ -46,7 +46,6 @@ def test_missing_features(make_config):
     assert missing_features(tms(make_config, [1.0, 0.6, 0.4, 0.0, 1.0])) == [2, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="train_target.py:100: NaN < 0.5 is False")
 def test_a_target_that_became_nan_misses_every_feature(make_config):
     assert missing_features(tms(make_config, [float("nan")] * 5)) == [0, 1, 2, 3, 4]
 

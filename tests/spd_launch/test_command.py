@@ -30,6 +30,8 @@ BAD = [
     ([*LOCAL, "eval.metrics.identity_ci_error.modules.linear1.m=2"], "no field 'm'.*valid: .*n"),
     ([*LOCAL, "train.steps=many"], "train.steps=many: input should be a valid integer"),
     ([*LOCAL, "seed=-1"], "seed=-1: .*greater than or equal to 0"),
+    ([*LOCAL, "losses.stochastic_recon.coeff=[1]"], r"losses\.stochastic_recon\.coeff=\[1\]: "),
+    ([*LOCAL, "decompose.tied=[[linear1,3]]"], r"decompose\.tied\.0\.1=3: "),
     ([*LOCAL, "losses.faithfulness.coeff=null"], "losses.faithfulness.coeff=None"),
     ([*LOCAL, "+decompose.modules.linear3=5"], "'linear3' matches no module .*linear1, linear2"),
     ([*LOCAL, "dp=3"], "does not divide by dp=3"),

@@ -30,8 +30,8 @@ def script(folder: Path, *runs: RunConfig, n_arrays: int = 1) -> str:
 def test_two_gpu_nodes(tmp_path: Path) -> None:
     run = config("default", dp=16, cluster__mem_per_task_gb=64)
     lines = script(tmp_path, run).splitlines()
-    for option in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=8",
-                   "mem=524288M", "time=1440", "signal=USR2@120", "requeue", "open-mode=append"):  # fmt: skip
+    asked = "nodes=2 ntasks-per-node=8 gpus-per-node=8 cpus-per-task=8 mem=524288M time=1440"
+    for option in (*asked.split(), "signal=USR2@120", "requeue", "open-mode=append"):
         assert f"#SBATCH --{option}" in lines
     srun = next(line for line in lines if line.startswith("srun"))
     for option in ("--kill-on-bad-exit=1", "--wait=60", "--open-mode=append", "--cpus-per-task=8"):
