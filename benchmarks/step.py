@@ -1,6 +1,7 @@
 """Time one optimisation step: data in, optimiser out, after warm-up.
 
-python -m benchmarks.step --experiment tms_5-2 [--batch N] [--steps N] [--device cpu|cuda] [--threads N]
+python -m benchmarks.step --experiment tms_5-2 [--batch N] [--steps N]
+    [--device cpu|cuda] [--threads N]
 """
 
 import argparse
