@@ -1,7 +1,9 @@
 """Time one optimisation step: data in, optimiser out, after warm-up.
 
 python -m benchmarks.step --experiment tms_5-2 [--batch N] [--steps N]
-    [--device cpu|cuda] [--threads N]
+    [--device cpu|cuda] [--threads N] [--dp N]
+
+With --dp the ranks are processes of this machine; rank 0's times are printed.
 """
 
 import argparse
@@ -9,6 +11,7 @@ import json
 import resource
 import statistics
 import time
+from typing import Literal
 
 import torch
 
@@ -19,6 +22,7 @@ from spd_core.randomness import stream
 from spd_core.targets.tms import TMS
 from spd_core.train import build_optimizer, optimisation_step
 from spd_launch.compose import compose
+from spd_launch.ports import free_port
 from spd_launch.validate import validate
 
 N_WARMUP = 5
@@ -30,19 +34,40 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="batch size; the experiment's where absent")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of a rank")
+    parser.add_argument("--dp", type=int, default=1, help="data-parallel processes")
     arguments = parser.parse_args()
     overrides = [f"+experiment={arguments.experiment}", "cluster=local"]
     if arguments.batch is not None:
         overrides.append(f"train.batch_size={arguments.batch}")
-    torch.set_num_threads(arguments.threads)
+    overrides.append(f"dp={arguments.dp}")
     config = validate(compose(overrides, multirun=False)[0].values)
-    print(json.dumps(measure(config, arguments.steps, arguments.device)))
+    shared = (config, arguments.steps, arguments.device, arguments.threads, free_port("step", 0))
+    if arguments.dp == 1:
+        run_rank(0, *shared)
+    else:
+        torch.multiprocessing.spawn(run_rank, shared, nprocs=arguments.dp)
 
 
-def measure(config: RunConfig, steps: int, device: str) -> dict[str, float | int | str]:
+def run_rank(
+    rank: int,
+    config: RunConfig,
+    steps: int,
+    device: Literal["cpu", "cuda"],
+    n_threads: int,
+    port: int,
+) -> None:
+    """Measure on one rank; rank 0 prints the JSON line."""
+    torch.set_num_threads(n_threads)
+    dist = distributed.init(rank, config.dp, rank, "127.0.0.1", port, device)
+    result = measure(config, steps, dist)
+    if dist.is_main:
+        print(json.dumps(result))
+    distributed.shutdown()
+
+
+def measure(config: RunConfig, steps: int, dist: distributed.Dist) -> dict[str, float | int | str]:
     """Times of the step on a random target of the experiment's shape."""
-    dist = distributed.init(0, 1, 0, "localhost", 0, "cuda" if device == "cuda" else "cpu")
     target = TMS(config.target, stream(0, "benchmark", device=torch.device("cpu")))
     model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
     optimizer = build_optimizer(config, model)
@@ -66,6 +91,7 @@ def measure(config: RunConfig, steps: int, device: str) -> dict[str, float | int
         "n_params": sum(p.numel() for p in model.trained_parameters().values()),
         "torch": torch.__version__,
         "device": str(dist.device),
+        "dp": config.dp,
         "n_threads": torch.get_num_threads(),
         "config_digest": config_digest(config),
     }
