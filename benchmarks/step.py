@@ -14,6 +14,7 @@ import time
 from typing import Literal
 
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from spd_core import distributed
 from spd_core.component_model import ComponentModel
@@ -46,7 +47,7 @@ def main() -> None:
     if arguments.dp == 1:
         run_rank(0, *shared)
     else:
-        torch.multiprocessing.spawn(run_rank, shared, nprocs=arguments.dp)
+        spawn(run_rank, shared, nprocs=arguments.dp)
 
 
 def run_rank(
