@@ -1,5 +1,6 @@
 # `just` lists what can be done here; every recipe sets up the virtual environment it needs.
 set shell := ["bash", "-euo", "pipefail", "-c"]
+set positional-arguments
 
 python := env("SPD_PYTHON", "python3")
 bin := ".venv/bin"
@@ -20,20 +21,20 @@ install:
 
 # Decompose a toy model here, from nothing to a report, in a few minutes
 demo *overrides: install
-    {{bin}}/python -m spd_launch +experiment=tms_5-2 cluster=local {{overrides}}
+    {{bin}}/python -m spd_launch +experiment=tms_5-2 cluster=local "$@"
 
 # All tests (the cluster tests need root and Debian's Slurm packages, and skip elsewhere)
-test *args: install
-    {{bin}}/python -m pytest -n 2 -m "not cluster" {{args}}
-    {{bin}}/python -m pytest -m cluster {{args}}
+test: install
+    {{bin}}/python -m pytest -n 2 -m "not cluster"
+    {{bin}}/python -m pytest -m cluster
 
 # The tests that take seconds
 test-fast *args: install
-    {{bin}}/python -m pytest -n 2 -m "not slow and not cluster" {{args}}
+    {{bin}}/python -m pytest -n 2 -m "not slow and not cluster" "$@"
 
 # The tests on a real four-node Slurm cluster on this machine
 test-cluster *args: install
-    {{bin}}/python -m pytest -m cluster {{args}}
+    {{bin}}/python -m pytest -m cluster "$@"
 
 # Bring the four-node test cluster up, or take it down
 cluster action="up": install

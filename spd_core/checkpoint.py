@@ -36,12 +36,12 @@ def save_checkpoint(
     meta = {"step": step, "sha256": _sha256(state)}
     (temporary / "meta.json").write_text(json.dumps(meta))
     for path in (state, temporary / "meta.json", temporary):
-        _fsync(path)
+        fsync(path)
     temporary.chmod(0o755)
     if folder.exists():
         set_aside(folder)
     os.rename(temporary, folder)
-    _fsync(run_dir.checkpoints)
+    fsync(run_dir.checkpoints)
     for old in checkpoint_steps(run_dir)[:-keep]:
         shutil.rmtree(run_dir.checkpoints / f"step_{old}")
     for leftover in run_dir.checkpoints.glob(".step_*"):
@@ -126,7 +126,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -99,6 +99,12 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], dist: Dist) -> None:
         grad.copy_(summed.view_as(grad))
 
 
+def broadcast(tensor: Tensor, dist: Dist) -> None:
+    """Make the tensor rank 0's, in place."""
+    if dist.world_size > 1:
+        torch_dist.broadcast(tensor, 0)
+
+
 def any_rank(flag: bool, dist: Dist) -> bool:
     """Whether the flag is set on at least one rank; the same answer on all."""
     if dist.world_size == 1:

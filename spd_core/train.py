@@ -103,6 +103,7 @@ def train(
         check_metric_modules(config, model)
         optimizer = build_optimizer(config, model)
         status.step = _restore_or_warm_up(config, run_dir, model, optimizer, dist, console)
+        _agree(status.step, model, dist)
         status.write("running")
         if dist.is_main:
             write_environment(run_dir)
@@ -140,6 +141,22 @@ def _restore_or_warm_up(
     faithfulness_warm_up(config, model)
     distributed.barrier(dist)
     return 0
+
+
+def _agree(step: int, model: ComponentModel, dist: Dist) -> None:
+    """All ranks start from rank 0's weights, at one step.
+
+    Raises:
+        RuntimeError: a rank saw another checkpoint, as a slow network file system can cause.
+    """
+    main_step = torch.tensor(step, device=dist.device)
+    distributed.broadcast(main_step, dist)
+    if int(main_step) != step:
+        raise RuntimeError(
+            f"rank {dist.rank} found step {step}, rank 0 step {int(main_step)}; resume the run"
+        )
+    for parameter in model.trained_parameters().values():
+        distributed.broadcast(parameter.data, dist)
 
 
 def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:

@@ -20,13 +20,18 @@ def main() -> int:
     tasks = ledger.read_tasks(launch)
     if given.task is not None:
         tasks = [ledger.find_task(tasks, given.task)]
+        if ledger.read_info(launch)["kind"] == "local" and len(ledger.read_tasks(launch)) > 1:
+            raise LaunchError(
+                "runs on this machine go one after another in one process: cancel the whole launch "
+                f"(python -m spd_launch.cancel {launch.launch_id}) and resume the runs you want"
+            )
     rows = [row for row in observe(launch, tasks) if row.state != "finished"]
     live = [row for row in rows if row.live]
     ledger.note_jobs(launch, "cancel", {row.task.run_id: row.job_id for row in live})
     _end(launch, live)
     # Only now: a run that is being ended still saves, and says that it stopped.
-    for row in rows:
-        if row.status.state != "failed":
+    for row in observe(launch, [row.task for row in rows]):
+        if not row.live and row.state not in ("finished", "failed"):
             ledger.mark(launch.run_dir(row.task.run_id), "cancelled")
     print(f"cancelled {len(live)} live run(s) of {launch.launch_id}")
     return 0

@@ -31,6 +31,8 @@ def exit_with(main: Callable[[], int]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # the usual way out of --watch and -f
+        sys.exit(130)
     except BrokenPipeError:  # `... | head` closed the pipe: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -112,7 +112,8 @@ def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
         if not launch.jobs_file.exists():
             for path in [launch.path, *(launch.run_dir(task.run_id).path for task in plan.tasks)]:
                 shutil.rmtree(path)
-            drop_snapshot(PACKAGE_ROOT, plan.launch_id)
+            if plan.tasks[0].config.launch.snapshot == "copy":
+                drop_snapshot(PACKAGE_ROOT, plan.launch_id)
         raise
 
 
@@ -197,11 +198,24 @@ def read_info(launch: LaunchDir) -> dict[str, Any]:
     return yaml.safe_load(launch.launch_file.read_text())
 
 
+def read_run_ids(launch: LaunchDir) -> list[str]:
+    return [json.loads(line)["run_id"] for line in launch.tasks_file.read_text().splitlines()]
+
+
 def read_tasks(launch: LaunchDir) -> list[Task]:
+    """The launch's tasks with their frozen configs.
+
+    Raises:
+        LaunchError: a run's folder is gone, or its config is of another version.
+    """
     tasks = []
     for line in launch.tasks_file.read_text().splitlines():
         row = json.loads(line)
-        config = load_config(launch.run_dir(row["run_id"]).config_file)
+        file = launch.run_dir(row["run_id"]).config_file
+        try:
+            config = load_config(file)
+        except ValueError as error:
+            raise LaunchError(f"{file} cannot be read: {error}") from None
         size = shape(config.cluster, config.dp)
         tasks.append(Task(row["index"], row["run_id"], row["overrides"], config, *size))
     return tasks

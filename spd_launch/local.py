@@ -46,6 +46,7 @@ def _run_one(launch: LaunchDir, task: Task, python_path: Path, job_id: str) -> i
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(dp),
                 "SPD_JOB_ID": f"{job_id}-{task.index}",
+                "SPD_LAUNCHER": str(os.getpid()),
             },
         )
         for rank in range(dp)

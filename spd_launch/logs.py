@@ -4,11 +4,10 @@ import sys
 import time
 from pathlib import Path
 
-from spd_core.run_dir import read_status
 from spd_launch import ledger
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
-from spd_launch.observe import parser
+from spd_launch.observe import observe, parser
 from spd_launch.plan import Task
 
 
@@ -47,8 +46,7 @@ def log_file(launch: LaunchDir, task: Task, rank: int) -> Path:
 def _follow(file: Path, launch: LaunchDir, task: Task) -> None:
     position = 0
     while True:
-        status = read_status(launch.run_dir(task.run_id))
-        over = status is not None and status.state in ("finished", "failed", "cancelled")
+        over = not observe(launch, [task])[0].live
         if file.exists():
             with open(file, errors="replace") as opened:
                 opened.seek(position)
@@ -57,7 +55,7 @@ def _follow(file: Path, launch: LaunchDir, task: Task) -> None:
                 position = opened.tell()
         if over:
             return
-        time.sleep(1)
+        time.sleep(2)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,11 @@ def free_port(run_id: str, restart: int) -> int:
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+    try:
+        probe = socket.socket(socket.AF_INET6)
+    except OSError:  # a kernel without IPv6
+        probe = socket.socket(socket.AF_INET)
+    with probe:
         try:
             probe.bind(("", port))
         except OSError:

@@ -38,11 +38,11 @@ def _list(out_dir: Path) -> int:
 
     table = Table("launch", "runs", "states", title=str(out_dir), title_justify="left")
     for launch in ledger.all_launches(out_dir):
-        tasks = ledger.read_tasks(launch)
-        statuses = [read_status(launch.run_dir(task.run_id)) for task in tasks]
+        run_ids = ledger.read_run_ids(launch)
+        statuses = [read_status(launch.run_dir(run_id)) for run_id in run_ids]
         counts = Counter(status.state for status in statuses if status)
         states = ", ".join(f"{n} {state}" for state, n in counts.most_common())
-        table.add_row(launch.launch_id, str(len(tasks)), states)
+        table.add_row(launch.launch_id, str(len(run_ids)), states)
     _console().print(table)
     return 0
 

@@ -31,8 +31,8 @@ def submit(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> dict[
     Raises:
         LaunchError: Slurm refused; its own words, with nothing left in the queue.
     """
-    for cluster in {array.cluster.name: array.cluster for array in group(tasks)}.values():
-        _copy_setup(launch, cluster)
+    for array in group(tasks):
+        _copy_setup(launch, array.cluster)
     before = set(slurm_state.live_jobs(launch.launch_id))
     jobs: dict[str, str] = {}
     try:

@@ -10,15 +10,17 @@ TERM (preemption, or scancel)      save together, then WAIT to be killed: who ex
 Locally, INT and TERM save and exit with 130.
 """
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn, TextIO
 
 from spd_core.config import ClusterConfig, RunConfig, load_config
 from spd_core.run_dir import RunDir, read_status
@@ -101,9 +103,13 @@ def run(path: str) -> None:
     run_dir = RunDir(Path(path))
     config = load_config(run_dir.config_file)
     place = place_from_environment(config.cluster.kind)
+    _end_with_launcher(config.cluster)
+    lock = _lock(run_dir) if place.rank == 0 else None
     status = read_status(run_dir)
     if status is not None and status.state == "finished":
         print(f"{run_dir.path.name} is finished already")
+        if place.rank == 0 and not run_dir.report_file.exists():  # killed before it was written
+            _report(run_dir)
         return
     try:
         outcome = _train(config, run_dir, place, stop)
@@ -112,6 +118,38 @@ def run(path: str) -> None:
         raise
     if outcome == "stopped":
         _leave(config, place, stop)
+    if lock is not None:
+        lock.close()
+
+
+def _lock(run_dir: RunDir) -> TextIO:
+    """Two processes in one run's folder would delete each other's checkpoints.
+
+    The lock lasts as long as the process, however that ends.
+    """
+    file = open(run_dir.path / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LaunchError(
+            f"{run_dir.path.name} is being worked on by another process; "
+            "python -m spd_launch.status shows which, .cancel ends it"
+        ) from None
+    return file
+
+
+def _end_with_launcher(cluster: ClusterConfig) -> None:
+    """A local rank whose launcher was killed must not go on: nobody could see or cancel it."""
+    if cluster.kind != "local" or "SPD_LAUNCHER" not in os.environ:
+        return
+    launcher = int(os.environ["SPD_LAUNCHER"])
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
@@ -121,7 +159,7 @@ def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
     meeting = _meet(run_dir, place)
     dist = distributed.init(
         place.rank, place.world_size, place.local_rank,
-        meeting.address, meeting.port, config.train.device,
+        meeting.address, meeting.port, _device(config, place),
     )  # fmt: skip
     outcome = train(config, run_dir, dist, stop, meeting.attempt, place.job_id)
     if outcome == "finished":
@@ -130,6 +168,17 @@ def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
         distributed.barrier(dist)  # srun --wait ends a job a minute after its first rank left
         distributed.shutdown()
     return outcome
+
+
+def _device(config: RunConfig, place: Place) -> Literal["auto", "cpu", "cuda"]:
+    """What `auto` means here: on Slurm what the profile asks for; locally a GPU for each rank."""
+    if config.train.device != "auto":
+        return config.train.device
+    if config.cluster.kind == "slurm":
+        return "cuda" if config.cluster.device == "gpu" else "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.device_count() >= place.world_size else "cpu"
 
 
 def _meet(run_dir: RunDir, place: Place) -> Meeting:

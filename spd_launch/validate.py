@@ -1,6 +1,6 @@
 """Composed values -> RunConfig, with errors that name the field, the value and the nearest name."""
 
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 from spd_core.config import RunConfig
 from spd_launch.errors import LaunchError, nearest
 
-# Modules of targets that are known without building them; the others are checked by the task.
+# The modules of a target, known without building it.
 KNOWN_MODULES = {"tms": ("linear1", "linear2")}
 
 
@@ -98,10 +98,35 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _check_patterns(config: RunConfig) -> None:
-    known = KNOWN_MODULES.get(config.target.kind)
-    for pattern in config.decompose.modules if known else ():
-        if not any(fnmatch(module, pattern) for module in known or ()):
+    known = KNOWN_MODULES[config.target.kind]
+    matches = {p: [m for m in known if fnmatchcase(m, p)] for p in config.decompose.modules}
+    for pattern, modules in matches.items():
+        if not modules:
             raise LaunchError(
                 f"decompose.modules: {pattern!r} matches no module of the "
-                f"{config.target.kind} target{nearest(pattern, known or ())}"
+                f"{config.target.kind} target{nearest(pattern, known)}"
+            )
+    decomposed = [module for modules in matches.values() for module in modules]
+    for module in decomposed:
+        if decomposed.count(module) > 1:
+            patterns = " and ".join(p for p, modules in matches.items() if module in modules)
+            raise LaunchError(f"decompose.modules: {module!r} is matched by {patterns}; keep one")
+    metrics = config.eval.metrics
+    solutions = metrics.identity_ci_error.modules if metrics.identity_ci_error else {}
+    named = {
+        "decompose.tied": [name for pair in config.decompose.tied for name in pair],
+        "eval.metrics.identity_ci_error.modules": list(solutions),
+        "eval.metrics.mmcs_ml2r.modules": list(metrics.mmcs_ml2r.modules)
+        if metrics.mmcs_ml2r
+        else [],
+    }
+    for field, names in named.items():
+        for name in names:
+            if name not in decomposed:
+                raise LaunchError(f"{field}: {name!r} is not decomposed{nearest(name, decomposed)}")
+    for name, pattern in solutions.items():
+        if pattern.kind == "identity" and pattern.n != config.target.n_features:
+            raise LaunchError(
+                f"eval.metrics.identity_ci_error.modules.{name}.n={pattern.n}: the target has "
+                f"target.n_features={config.target.n_features}"
             )

@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spd_core.checkpoint import fsync
 from spd_core.config import RunConfig, SparseFeatureDataConfig, TMSTargetConfig, config_digest
 from spd_core.data.sparse import sparse_features
 from spd_core.randomness import StepRandomness, stream
@@ -45,6 +46,8 @@ def _train_into(config: RunConfig, folder: Path, console: Console) -> None:
         save_file(model.state_dict(), temporary / "target.safetensors")
         record = {"seed": seed, "loss": loss, "config": config.target.model_dump(mode="json")}
         (temporary / "target.json").write_text(json.dumps(record, indent=2))
+        for path in (*temporary.iterdir(), temporary):
+            fsync(path)
         temporary.chmod(0o755)
         os.rename(temporary, folder)
     finally:
