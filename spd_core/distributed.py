@@ -43,7 +43,9 @@ def init(
         ValueError: device is "cuda" and torch sees no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device=cuda, but torch sees no GPU; use train.device=auto or cpu")
+        raise ValueError(
+            "train.device=cuda, but torch sees no GPU; use train.device=cpu, on a cluster cluster=cpu"
+        )
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda:
         # With one visible GPU per task the local rank does not index the visible list.

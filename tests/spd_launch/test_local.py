@@ -1,0 +1,135 @@
+"""Runs on this machine, as a user sees them: real processes, real kills, one folder of results."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launch_configs import SMALL
+
+from spd_core.run_dir import RunDir, Status, read_metrics, read_status
+
+ROOT = Path(__file__).parent.parent.parent
+RUN = ["+experiment=tms_5-2", "cluster=local", *SMALL]
+LONG = ["train.steps=1000000", "checkpoint.every_steps=20", "eval.every=1000000",
+        "eval.slow_every=1000000"]  # fmt: skip
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results in a path with a space; shared, so that the target is trained once."""
+    return tmp_path_factory.mktemp("results") / "my out"
+
+
+@pytest.fixture
+def start(out: Path) -> Start:
+    def run(module: str, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "SPD_OUT_DIR": str(out), "COLUMNS": "200"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return run
+
+
+def ended(process: subprocess.Popen[str], code: int) -> str:
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == code, text
+    return text
+
+
+def newest_run(out: Path) -> RunDir:
+    return RunDir(max(out.glob("runs/*"), key=lambda path: path.stat().st_ctime_ns))
+
+
+def current(out: Path) -> Status:
+    status = read_status(newest_run(out))
+    assert status is not None
+    return status
+
+
+def wait_for_checkpoint(out: Path, n_runs_before: int) -> RunDir:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if len(list(out.glob("runs/*"))) > n_runs_before:
+            run_dir = newest_run(out)
+            if list(run_dir.checkpoints.glob("step_*")):
+                return run_dir
+        time.sleep(0.1)
+    raise TimeoutError("no checkpoint within 90 s")
+
+
+def ranks_of(run_dir: RunDir) -> list[int]:
+    """Processes of this run that still are (a zombie has no command line)."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(run_dir.path).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_finish_and_say_where_the_report_is(start: Start, out: Path) -> None:
+    text = ended(start("spd_launch", *RUN, "dp=2"), 0)
+    run_dir = newest_run(out)
+    assert current(out).state == "finished" and current(out).step == 4
+    assert str(run_dir.report_file) in text and run_dir.report_file.exists()
+    assert {r["step"] for r in read_metrics(run_dir)} >= {1, 2, 4}
+    assert "finished" in ended(start("spd_launch.status", "latest"), 0)
+    assert "nothing to resume" in ended(start("spd_launch.resume", "latest"), 0)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_saves_and_can_be_cancelled_for_good(start: Start, out: Path) -> None:
+    before = len(list(out.glob("runs/*")))
+    launcher = start("spd_launch", *RUN, *LONG)
+    run_dir = wait_for_checkpoint(out, before)
+    launcher.send_signal(signal.SIGINT)
+    assert "spd_launch.resume" in ended(launcher, 130)
+    stopped = current(out)
+    assert stopped.state == "stopped" and (run_dir.checkpoints / f"step_{stopped.step}").is_dir()
+
+    again = start("spd_launch.resume", "latest")
+    deadline = time.monotonic() + 60
+    while current(out).attempt == 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ended(start("spd_launch.cancel", "latest"), 0)
+    again.communicate(timeout=60)
+    assert current(out).state == "cancelled" and current(out).attempt == 2
+    assert current(out).step >= stopped.step
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_takes_its_ranks_along_and_one_worker_holds_a_run(
+    start: Start, out: Path
+) -> None:
+    before = len(list(out.glob("runs/*")))
+    launcher = start("spd_launch", *RUN, *LONG)
+    run_dir = wait_for_checkpoint(out, before)
+    assert len(ranks_of(run_dir)) == 1
+    second = start("spd_launch.task", str(run_dir.path))
+    assert re.search("worked on by another process", ended(second, 2))
+    assert current(out).state == "running"  # the refusal harmed nothing
+    launcher.kill()
+    deadline = time.monotonic() + 30
+    while ranks_of(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ranks_of(run_dir) == []
+    step = max(int(p.name.split("_")[1]) for p in run_dir.checkpoints.glob("step_*"))
+    meta = json.loads((run_dir.checkpoints / f"step_{step}" / "meta.json").read_text())
+    assert meta["step"] == step
+    launcher.communicate(timeout=30)
