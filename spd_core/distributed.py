@@ -44,7 +44,7 @@ def init(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "train.device=cuda, but torch sees no GPU; use train.device=cpu, on a cluster cluster=cpu"
+            "train.device=cuda, but torch sees no GPU; use train.device=cpu, or cluster=cpu"
         )
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda:
