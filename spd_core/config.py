@@ -150,7 +150,7 @@ class LossesConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
-        if not self.model_fields_set or not any(getattr(self, n) for n in type(self).model_fields):
+        if not any(getattr(self, name) for name in type(self).model_fields):
             raise ValueError(f"at least one loss is needed: {', '.join(type(self).model_fields)}")
         return self
 

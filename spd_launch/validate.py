@@ -28,7 +28,7 @@ def validate(values: dict[str, Any]) -> RunConfig:
             path = _path(details, values)
             lines.setdefault(".".join(path), _line(details, path))
         raise LaunchError("\n       ".join(lines.values())) from None
-    _check_patterns(config)
+    _check_modules(config)
     cluster = config.cluster
     if cluster.kind == "slurm" and cluster.signal_delay_s >= 60 * cluster.time_min:
         raise LaunchError(
@@ -97,7 +97,7 @@ def _members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _check_patterns(config: RunConfig) -> None:
+def _check_modules(config: RunConfig) -> None:
     known = KNOWN_MODULES[config.target.kind]
     matches = {p: [m for m in known if fnmatchcase(m, p)] for p in config.decompose.modules}
     for pattern, modules in matches.items():
