@@ -20,8 +20,9 @@ from spd_core import distributed
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig, config_digest
 from spd_core.randomness import stream
+from spd_core.step import optimisation_step
 from spd_core.targets.tms import TMS
-from spd_core.train import build_optimizer, optimisation_step
+from spd_core.train import build_optimizer
 from spd_launch.compose import compose
 from spd_launch.ports import free_port
 from spd_launch.validate import validate
@@ -73,12 +74,12 @@ def measure(config: RunConfig, steps: int, dist: distributed.Dist) -> dict[str, 
     model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
     optimizer = build_optimizer(config, model)
     for step in range(N_WARMUP):
-        optimisation_step(config, model, optimizer, dist, step)
+        optimisation_step(config, model, optimizer, dist, step, lambda _ci: None)
     seconds = []
     for step in range(N_WARMUP, N_WARMUP + steps):
         _synchronise(dist)
         started = time.perf_counter()
-        optimisation_step(config, model, optimizer, dist, step)
+        optimisation_step(config, model, optimizer, dist, step, lambda _ci: None)
         _synchronise(dist)
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds)

@@ -11,17 +11,17 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from spd_analysis.summary import environment, format_value, metric_table
+from spd_analysis.summary import columns_of, environment, format_value, metric_tables, verdict
 from spd_core.config import load_config
 from spd_core.run_dir import RunDir, read_metrics, write_atomic
 
 CAPTIONS = {
-    "permuted_ci": (
+    "permuted_ci_plots": (
         "Causal importances of single features",
         "Each row is one input feature, alone and at 0.75. Columns are subcomponents, reordered "
         "towards the diagonal. A clean diagonal and nothing else: one subcomponent per feature.",
     ),
-    "uv": (
+    "uv_plots": (
         "Subcomponents against the target weight",
         "V reads from the module's input, U writes to its output; the sum of all rank-one "
         "subcomponents must give back the target weight on the right.",
@@ -99,31 +99,24 @@ def write_report(run_dir: RunDir) -> Path:
 
 
 def _result(run_dir: RunDir) -> str:
-    modules, per_module, losses = metric_table(run_dir)
-    head = "".join(f"<th>{escape(m)}</th>" for m in modules)
-    rows = ""
-    for metric, values in per_module.items():
-        cells = [format_value(metric, values[m]) if m in values else "" for m in modules]
-        rows += f"<tr><td>{escape(metric)}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
-    loss_rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{value:.3e}</td></tr>" for name, value in losses.items()
-    )
-    return (
-        f"<section><h2>Result</h2>{_verdict(per_module)}<div class='tables'>"
-        f"<table><tr><th>metric</th>{head}</tr>{rows}</table>"
-        f"<table><tr><th>loss</th><th>value</th></tr>{loss_rows}</table></div></section>"
-    )
+    tables = metric_tables(run_dir)
+    result = verdict(tables)
+    sentence = ""
+    if result is not None:
+        found, text = result
+        sentence = f"<p class='verdict {'good' if found else 'bad'}'>{text}</p>"
+    body = "".join(_table(title, rows) for title, rows in tables.items())
+    return f"<section><h2>Result</h2>{sentence}<div class='tables'>{body}</div></section>"
 
 
-def _verdict(per_module: dict[str, dict[str, float]]) -> str:
-    if "identity_ci_error" not in per_module:
-        return ""
-    wrong = sum(per_module["identity_ci_error"].values())
-    if wrong == 0:
-        return "<p class='verdict good'>The known solution was found.</p>"
-    return (
-        f"<p class='verdict bad'>The known solution was not found: {wrong:.0f} entries are off.</p>"
-    )
+def _table(title: str, rows: dict[str, dict[str, float]]) -> str:
+    columns = columns_of(rows)
+    head = "".join(f"<th>{escape(name)}</th>" for name in [title, *columns])
+    body = ""
+    for name, values in rows.items():
+        cells = [format_value(c, values[c]) if c in values else "" for c in columns]
+        body += f"<tr><td>{escape(name)}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _curves(run_dir: RunDir) -> str:
@@ -136,7 +129,7 @@ def _curves(run_dir: RunDir) -> str:
 
     records = read_metrics(run_dir)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    for prefix, ax in {"loss/": left, "eval/ci_l0": right}.items():
+    for prefix, ax in {"loss/": left, "ci_l0": right}.items():
         for key in dict.fromkeys(k for r in records for k in r if k.startswith(prefix)):
             points = [(r["step"], r[key]) for r in records if key in r]
             steps, values = zip(*points, strict=True)

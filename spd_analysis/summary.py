@@ -1,4 +1,4 @@
-"""The short table at the end of a run."""
+"""The short tables at the end of a run."""
 
 import json
 
@@ -7,6 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from spd_core.run_dir import RunDir, read_metrics
+
+Tables = dict[str, dict[str, dict[str, float]]]
+"""Title -> row -> column -> value."""
 
 
 def final_metrics(run_dir: RunDir) -> dict[str, float]:
@@ -23,52 +26,66 @@ def final_metrics(run_dir: RunDir) -> dict[str, float]:
     return last
 
 
-def metric_table(
-    run_dir: RunDir,
-) -> tuple[list[str], dict[str, dict[str, float]], dict[str, float]]:
-    """Modules, their metrics (metric -> module -> value), and the losses of the last evaluation."""
-    losses: dict[str, float] = {}
-    per_module: dict[str, dict[str, float]] = {}
-    modules: list[str] = []
+def metric_tables(run_dir: RunDir) -> Tables:
+    """The last evaluation: a row per module, one per loss, and a table for each other metric."""
+    tables: Tables = {"module": {}, "loss": {}}
     for key, value in final_metrics(run_dir).items():
         match key.split("/"):
-            case ["eval", "loss", name]:
-                losses[name] = value
+            case ["eval", "loss", name] | ["eval", name]:
+                title, row, column = "loss", name, "value"
             case ["eval", metric, module]:
-                per_module.setdefault(metric, {})[module] = value
-                if module not in modules:
-                    modules.append(module)
-    return modules, per_module, losses
+                title, row, column = "module", module, metric
+            case ["eval", metric, measure, kind]:
+                title, row, column = metric, kind, measure
+            case _:
+                continue
+        tables.setdefault(title, {}).setdefault(row, {})[column] = value
+    return {title: rows for title, rows in tables.items() if rows}
 
 
-def format_value(metric: str, value: float) -> str:
-    return f"{value:.0f}" if metric == "identity_ci_error" else f"{value:.4g}"
+def format_value(column: str, value: float) -> str:
+    match column:
+        case "identity_ci_error" | "alive_components":
+            return f"{value:.0f}"
+        case "value":
+            return f"{value:.3e}"
+        case _:
+            return f"{value:.4g}"
+
+
+def verdict(tables: Tables) -> tuple[bool, str] | None:
+    """Whether the known solution was found, and the sentence that says so."""
+    rows = tables["module"].values() if "module" in tables else []
+    errors = [row["identity_ci_error"] for row in rows if "identity_ci_error" in row]
+    if not errors:
+        return None
+    if sum(errors) == 0:
+        return True, "The known solution was found: every entry is within tolerance."
+    return False, f"The known solution was not found: {sum(errors):.0f} entries are off."
+
+
+def columns_of(rows: dict[str, dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(column for row in rows.values() for column in row))
 
 
 def print_summary(run_dir: RunDir) -> None:
-    """Losses and per-module metrics of the last evaluation, then where everything lies."""
+    """The last evaluation, then where everything lies."""
     console = Console()
-    modules, per_module, losses = metric_table(run_dir)
-    # Side by side so that the result fits one look, whatever the number of metrics.
-    table = Table(title=run_dir.path.name, box=box.SIMPLE_HEAD, title_style="bold")
-    table.add_column("metric")
-    for module in modules:
-        table.add_column(module, justify="right")
-    for metric, values in per_module.items():
-        cells = [format_value(metric, values[m]) if m in values else "" for m in modules]
-        table.add_row(metric, *cells)
-    table.add_section()
-    for name, value in losses.items():
-        table.add_row(name, f"{value:.3e}")
-    console.print(table)
-    if "identity_ci_error" in per_module:
-        wrong = sum(per_module["identity_ci_error"].values())
-        verdict = (
-            "[bold green]The known solution was found[/]: every entry is within tolerance."
-            if wrong == 0
-            else f"[bold yellow]The known solution was not found[/]: {wrong:.0f} entries are off."
-        )
-        console.print(verdict)
+    tables = metric_tables(run_dir)
+    console.print(f"\n[bold]{run_dir.path.name}", highlight=False)
+    for title, rows in tables.items():
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column(title)
+        columns = columns_of(rows)
+        for column in columns:
+            table.add_column(column, justify="right")
+        for name, values in rows.items():
+            cells = [format_value(c, values[c]) if c in values else "" for c in columns]
+            table.add_row(name, *cells)
+        console.print(table)
+    if (result := verdict(tables)) is not None:
+        found, sentence = result
+        console.print(f"[bold {'green' if found else 'yellow'}]{sentence}", highlight=False)
     console.print(f"run     {run_dir.path.resolve()}", soft_wrap=True)
     console.print(
         f"report  {run_dir.report_file.resolve()}  (open it in a browser)", soft_wrap=True

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,14 +26,18 @@ def save_checkpoint(
     step: int,
     model: ComponentModel,
     optimizer: torch.optim.Optimizer,
+    extra: dict[str, Tensor],
     keep: int,
 ) -> None:
-    """Write the state after `step` steps, then drop all but the newest `keep` checkpoints."""
+    """Write the state after `step` steps, then drop all but the newest `keep` checkpoints.
+
+    `extra` is what else the loop needs to go on, by name.
+    """
     run_dir.checkpoints.mkdir(exist_ok=True)
     folder = run_dir.checkpoints / f"step_{step}"
     temporary = Path(tempfile.mkdtemp(dir=run_dir.checkpoints, prefix=".step_"))
     state = temporary / "state.safetensors"
-    save_file(_tensors(model, optimizer), state)
+    save_file(_tensors(model, optimizer) | {f"extra:{n}": t for n, t in extra.items()}, state)
     meta = {"step": step, "sha256": _sha256(state)}
     (temporary / "meta.json").write_text(json.dumps(meta))
     for path in (state, temporary / "meta.json", temporary):
@@ -78,14 +83,20 @@ def newest_valid_checkpoint(run_dir: RunDir) -> tuple[Path, int, dict[Path, str]
 
 
 def load_model(folder: Path, model: ComponentModel) -> None:
-    """Copy the trained parameters of a checkpoint into the model."""
-    _copy_parameters(load_file(folder / "state.safetensors"), model)
+    """Copy the trained parameters of a checkpoint into the model.
+
+    Raises:
+        ValueError: the checkpoint holds other parameters than the model.
+    """
+    _copy_parameters(folder, _read(folder), model)
 
 
-def load_checkpoint(folder: Path, model: ComponentModel, optimizer: torch.optim.Optimizer) -> None:
-    """Copy a checkpoint into the model and the optimiser."""
-    tensors = load_file(folder / "state.safetensors")
-    _copy_parameters(tensors, model)
+def load_checkpoint(
+    folder: Path, model: ComponentModel, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Copy a checkpoint into the model and the optimiser; returns what was saved as `extra`."""
+    tensors = _read(folder)
+    _copy_parameters(folder, tensors, model)
     for name, parameter in model.trained_parameters().items():
         prefix = f"optimizer:{name}:"
         optimizer.state[parameter] = {
@@ -93,12 +104,34 @@ def load_checkpoint(folder: Path, model: ComponentModel, optimizer: torch.optim.
             for key, tensor in tensors.items()
             if key.startswith(prefix)
         }
+    return {
+        key.removeprefix("extra:"): tensor
+        for key, tensor in tensors.items()
+        if key.startswith("extra:")
+    }
 
 
-def _copy_parameters(tensors: dict[str, Tensor], model: ComponentModel) -> None:
-    with torch.no_grad():
-        for name, parameter in model.trained_parameters().items():
-            parameter.copy_(tensors[f"model:{name}"])
+def _read(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / "state.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{folder}/state.safetensors holds no tensors: {error}") from None
+
+
+@torch.no_grad()
+def _copy_parameters(folder: Path, tensors: dict[str, Tensor], model: ComponentModel) -> None:
+    saved = {n.removeprefix("model:"): t for n, t in tensors.items() if n.startswith("model:")}
+    parameters = model.trained_parameters()
+    shapes = {n: tuple(t.shape) for n, t in saved.items()}
+    expected = {n: tuple(p.shape) for n, p in parameters.items()}
+    if shapes != expected:
+        wrong = sorted(n for n, _ in shapes.items() ^ expected.items())
+        raise ValueError(
+            f"{folder} does not fit the config beside it: {', '.join(dict.fromkeys(wrong))} "
+            "missing, surplus, or of another shape"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
 
 
 def _tensors(model: ComponentModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

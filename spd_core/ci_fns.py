@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spd_core.config import CiFnConfig
+from spd_core.config import AnyCiFnConfig, CiFnConfig, CustomCiFnConfig
+from spd_core.parts import load_part
 
 LEAK = 0.01
 
@@ -60,7 +61,8 @@ def apply_sigmoid(
     binomial_noise: Float[Tensor, "... C"] | None,
 ) -> CausalImportance:
     """The pair of values; under binomial sampling `lower` sees 1.05 g - 0.05 u, u ~ U(0, 1)."""
-    g = pre_sigmoid
+    # Under autocast too, masks and powers need the precision.
+    g = pre_sigmoid.to(torch.promote_types(pre_sigmoid.dtype, torch.float32))
     jittered = g if binomial_noise is None else 1.05 * g - 0.05 * binomial_noise
     match sigmoid:
         case "leaky_hard":
@@ -146,7 +148,7 @@ class CiFn(nn.Module):
     def forward(
         self, x: Float[Tensor, "... d_in"], inner_acts: Float[Tensor, "... C"]
     ) -> Float[Tensor, "... C"]:
-        leading = x.shape[:-1]
+        leading = inner_acts.shape[:-1]
         match self.kind:
             case "mlp":
                 flat = inner_acts.reshape(-1, inner_acts.shape[-1]).T.unsqueeze(1)
@@ -156,3 +158,24 @@ class CiFn(nn.Module):
                 return self.mlp(flat.expand(inner_acts.shape[-1], -1, -1)).T.reshape(*leading, -1)
             case "shared_mlp":
                 return self.mlp(x)
+
+
+def make_ci_fn(
+    path: str, config: AnyCiFnConfig, C: int, d_in: int, embedding: bool, generator: torch.Generator
+) -> nn.Module:
+    """The causal-importance function of one module.
+
+    Raises:
+        ValueError: an embedding with another kind than mlp, or a part of the user's own that
+            cannot be used.
+    """
+    match config:
+        case CustomCiFnConfig():
+            return load_part("decompose.ci_fn", config, "ci_fn")(C, d_in, generator)
+        case CiFnConfig(kind=kind):
+            if embedding and kind != "mlp":
+                raise ValueError(
+                    f"decompose.ci_fn.kind={kind}: {path!r} is an embedding, whose input is no "
+                    "vector; use kind=mlp, or leave it out of decompose.modules"
+                )
+            return CiFn(config, C, d_in, generator)

@@ -1,8 +1,8 @@
 """A frozen target with components beside it: hooks put masked outputs in, and take inputs out."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,8 +10,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from spd_core.ci_fns import CausalImportance, CiFn, apply_sigmoid
-from spd_core.components import LinearComponents, tie
+from spd_core.ci_fns import CausalImportance, CiFn, apply_sigmoid, make_ci_fn
+from spd_core.components import (
+    EmbeddingComponents,
+    Identity,
+    LinearComponents,
+    computes_its_map,
+    is_decomposable,
+    make_components,
+    tie,
+)
 from spd_core.config import DecomposeConfig
 from spd_core.randomness import BatchStream, stream
 
@@ -25,60 +33,105 @@ class MaskInfo:
     route: Bool[Tensor, "..."] | None
 
 
-def expand_patterns(target: nn.Module, patterns: dict[str, int]) -> dict[str, int]:
-    """Module paths and their C, in the target's own order.
+@dataclass(frozen=True)
+class Cache:
+    """What decomposed modules saw in one forward pass; hand an empty one to `run_masked`."""
+
+    inputs: dict[str, Float[Tensor, "... d_in"]] = field(default_factory=dict)
+    inner_acts: dict[str, Float[Tensor, "... C"]] = field(default_factory=dict)
+
+
+def expand_patterns(target: nn.Module, patterns: dict[str, int], where: str) -> dict[str, int]:
+    """Module paths and their C, in the target's own order. `where` is the config field.
 
     Raises:
-        ValueError: a pattern matches no linear module, or two patterns match the same one.
+        ValueError: a pattern matches no decomposable module, or two match the same one.
     """
-    linears = [name for name, module in target.named_modules() if isinstance(module, nn.Linear)]
-    matches = {p: [n for n in linears if fnmatchcase(n, p)] for p in patterns}
+    paths = [
+        name
+        for name, module in target.named_modules()
+        if is_decomposable(module) and not isinstance(module, Identity)
+    ]
+    matches = {p: [n for n in paths if fnmatchcase(n, p)] for p in patterns}
     for pattern, names in matches.items():
         if not names:
             raise ValueError(
-                f"decompose.modules: pattern {pattern!r} matches no module of this target; "
-                f"its decomposable modules are {', '.join(linears)}"
+                f"{where}: pattern {pattern!r} matches no module of this target; "
+                f"its decomposable modules are {', '.join(paths) or 'none'}"
             )
-    for name in linears:
+    for name in paths:
         matching = [p for p, names in matches.items() if name in names]
         if len(matching) > 1:
             raise ValueError(
-                f"decompose.modules: module {name!r} is matched by {' and '.join(matching)}; "
+                f"{where}: module {name!r} is matched by {' and '.join(matching)}; "
                 "each module takes one pattern"
             )
-    return {n: patterns[p] for n in linears for p in patterns if n in matches[p]}
+    return {n: patterns[p] for n in paths for p in patterns if n in matches[p]}
+
+
+def insert_identities(target: nn.Module, patterns: dict[str, int]) -> dict[str, int]:
+    """Put an identity matrix before the matched modules, as `PATH.pre_identity`; path -> C.
+
+    Raises:
+        ValueError: as `expand_patterns`, or the module is an embedding.
+    """
+
+    def pass_through(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (module.get_submodule("pre_identity")(_only_input(name, args, kwargs)),), {}
+
+        return hook
+
+    inserted = {}
+    for name, C in expand_patterns(target, patterns, "decompose.identity_modules").items():
+        module = target.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            raise ValueError(
+                f"decompose.identity_modules: {name!r} is an embedding, whose input is no vector"
+            )
+        # A target that was decomposed before has its identities already.
+        if not hasattr(module, "pre_identity"):
+            weight = next(module.parameters())
+            d_in = LinearComponents(module, 1, torch.Generator()).weight.shape[1]
+            module.add_module("pre_identity", Identity(d_in).to(weight.device, weight.dtype))
+            module.register_forward_pre_hook(pass_through(name), with_kwargs=True)
+        inserted[f"{name}.pre_identity"] = C
+    return inserted
 
 
 class ComponentModel(nn.Module):
-    """Target, components and causal-importance functions of all decomposed modules."""
+    """Target, components and causal-importance functions of all decomposed modules.
 
-    def __init__(self, target: nn.Module, config: DecomposeConfig, seed: int) -> None:
+    `output` is the attribute or index of what the target returns that holds the logits or
+    activations; None for a target that returns a tensor.
+    """
+
+    def __init__(
+        self, target: nn.Module, config: DecomposeConfig, seed: int, output: str | int | None = None
+    ) -> None:
         super().__init__()
+        identities = insert_identities(target, config.identity_modules)
         self.target = target.requires_grad_(False).eval()
-        self.config = config
+        self.config, self.output = config, output
         cpu = torch.device("cpu")
         self.components: dict[str, LinearComponents] = {}
-        self.ci_fns: dict[str, CiFn] = {}
-        for name, C in expand_patterns(target, config.modules).items():
-            linear = target.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            self.components[name] = LinearComponents(
-                linear, C, stream(seed, f"components:{name}", device=cpu)
-            )
-            self.ci_fns[name] = CiFn(
-                config.ci_fn, C, linear.in_features, stream(seed, f"ci_fn:{name}", device=cpu)
-            )
+        self.ci_fns: dict[str, nn.Module] = {}
+        modules = expand_patterns(target, config.modules, "decompose.modules") | identities
+        for name, C in modules.items():
+            own = stream(seed, f"components:{name}", device=cpu)
+            components = make_components(name, target.get_submodule(name), C, own)
+            self.components[name] = components
+            d_in, embedding = len(components.V), isinstance(components, EmbeddingComponents)
+            own = stream(seed, f"ci_fn:{name}", device=cpu)
+            self.ci_fns[name] = make_ci_fn(name, config.ci_fn, C, d_in, embedding, own)
+        decomposed = f"decomposed are {', '.join(self.components)}"
         for first, second in config.tied:
-            for name in (first, second):
-                if name not in self.components:
-                    raise ValueError(
-                        f"decompose.tied names {name!r}, which is not decomposed; "
-                        f"decomposed are {', '.join(self.components)}"
-                    )
+            for name in {first, second} - self.components.keys():
+                raise ValueError(f"decompose.tied: {name!r} is not decomposed; {decomposed}")
             tie(self.components[first], self.components[second])
-        # A ModuleDict key must not hold a dot, so the paths are registered with another character.
-        self._components = nn.ModuleDict({_key(n): c for n, c in self.components.items()})
-        self._ci_fns = nn.ModuleDict({_key(n): f for n, f in self.ci_fns.items()})
+        # In lists, because a ModuleDict refuses some paths as keys.
+        self._components = nn.ModuleList(self.components.values())
+        self._ci_fns = nn.ModuleList(self.ci_fns.values())
 
     def component_parameters(self) -> list[nn.Parameter]:
         return list(self._components.parameters())
@@ -88,49 +141,86 @@ class ComponentModel(nn.Module):
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by a name that is stable across restarts."""
+        groups = {"components": self.components, "ci_fns": self.ci_fns}
         return {
-            **{f"components.{n}": p for n, p in self._components.named_parameters()},
-            **{f"ci_fns.{n}": p for n, p in self._ci_fns.named_parameters()},
+            f"{group}.{path}.{name}": parameter
+            for group, modules in groups.items()
+            for path, module in modules.items()
+            for name, parameter in module.named_parameters()
         }
 
     @torch.no_grad()
     def run_target(
         self, batch: Float[Tensor, "batch ..."]
     ) -> tuple[Float[Tensor, "batch ..."], dict[str, Float[Tensor, "... d_in"]]]:
-        """The target's output, and the input of every decomposed module."""
+        """The target's output, and the input of every decomposed module.
+
+        Raises:
+            ValueError: a decomposed module runs not once, or something that masks cannot follow.
+        """
         inputs: dict[str, Tensor] = {}
+        versions: dict[str, int] = {}
 
         def keep(name: str) -> Any:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...], _out: Tensor) -> None:
-                inputs[name] = args[0]
+            def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+                if name in inputs:
+                    raise _refusal(name, "runs more than once in one forward pass (shared weights)")
+                if not isinstance(out, Tensor):
+                    raise _refusal(name, f"returns a {type(out).__name__}, no tensor")
+                inputs[name] = _only_input(name, args, kwargs)
+                if not computes_its_map(module, inputs[name], out):
+                    kind = type(module).__name__
+                    raise _refusal(name, f"is a {kind} that computes something else than W x + b")
+                versions[name] = inputs[name]._version
 
             return hook
 
         with self._hooks({name: keep(name) for name in self.components}):
-            out = self.target(batch)
+            out = self._select(self.target(batch))
+        for name in self.components:
+            if name not in inputs:
+                raise _refusal(name, "is never called (its weight is read directly, or is unused)")
+            if inputs[name]._version != versions[name]:
+                raise _refusal(name, "has an input that is changed in place after the module ran")
         return out, inputs
 
     def run_masked(
-        self, batch: Float[Tensor, "batch ..."], masks: dict[str, MaskInfo]
+        self,
+        batch: Float[Tensor, "batch ..."],
+        masks: dict[str, MaskInfo],
+        cache: Cache | None = None,
     ) -> Float[Tensor, "batch ..."]:
-        """The output with the modules of `masks` on their components, the others unchanged."""
+        """The output with the modules of `masks` on their components, the others unchanged.
 
-        def replace(name: str, info: MaskInfo) -> Any:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-                masked = self.components[name](args[0], out, info.mask, info.delta_mask)
+        A cache is filled with what every decomposed module sees in this pass, masked or not.
+        """
+
+        def hook_of(name: str, info: MaskInfo | None) -> Any:
+            components = self.components[name]
+
+            def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> Any:
+                x = _only_input(name, args, kwargs)
+                if cache is not None:
+                    cache.inputs[name] = x
+                    cache.inner_acts[name] = components.inner_acts(x)
+                if info is None:
+                    return out
+                masked = components(x, out, info.mask, info.delta_mask)
                 if info.route is None:
                     return masked
+                if info.route.dim() != out.dim() - 1:
+                    at, routed = tuple(out.shape[:-1]), tuple(info.route.shape)
+                    raise _refusal(name, f"runs at positions {at}, but routes are for {routed}")
                 return torch.where(info.route.unsqueeze(-1), masked, out)
 
             return hook
 
-        with self._hooks({name: replace(name, info) for name, info in masks.items()}):
-            return self.target(batch)
+        hooked = masks if cache is None else self.components
+        with self._hooks({name: hook_of(name, masks.get(name)) for name in hooked}):
+            return self._select(self.target(batch))
 
     def causal_importances(
-        self,
-        inputs: dict[str, Float[Tensor, "... d_in"]],
-        noise: BatchStream | None,
+        self, inputs: dict[str, Float[Tensor, "... d_in"]], noise: BatchStream | None
     ) -> dict[str, CausalImportance]:
         """Causal importances of every module; `noise` jitters them under binomial sampling."""
         result = {}
@@ -148,8 +238,11 @@ class ComponentModel(nn.Module):
         Most positions of sparse toy data are; skipping them would make a GPU wait for the count.
         """
         components, ci_fn = self.components[name], self.ci_fns[name]
+        x = x.to(components.V.dtype) if x.is_floating_point() else x
+        # A function of the user's own may look at several positions at once.
+        whole = x.device.type == "cuda" or not x.is_floating_point() or not isinstance(ci_fn, CiFn)
         flat = x.reshape(-1, x.shape[-1])
-        if x.device.type == "cuda" or len(active := flat.any(-1).nonzero()[:, 0]) > len(flat) // 2:
+        if whole or len(active := flat.any(-1).nonzero()[:, 0]) > len(flat) // 2:
             return ci_fn(x, components.inner_acts(x))
         distinct = torch.cat([flat.new_zeros(1, flat.shape[1]), flat[active]])
         g = ci_fn(distinct, components.inner_acts(distinct))
@@ -157,10 +250,31 @@ class ComponentModel(nn.Module):
         place[active] = torch.arange(1, len(distinct))
         return g[place].reshape(*x.shape[:-1], -1)
 
+    def _select(self, raw: Any) -> Float[Tensor, "batch ..."]:
+        if isinstance(raw, Tensor) and self.output is not None:
+            raise ValueError(
+                f"target.output={self.output}: the target returns a tensor; leave the field null"
+            )
+        match self.output:
+            case None:
+                value = raw
+            case int(index):
+                value = None
+                with suppress(IndexError, KeyError, TypeError):
+                    value = raw[index]
+            case str(name):
+                value = raw.get(name) if isinstance(raw, dict) else getattr(raw, name, None)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"target.output={self.output}: the target returns a {type(raw).__name__} with "
+                f"{_fields(raw)}; name the attribute or index of the tensor to reconstruct"
+            )
+        return value
+
     @contextmanager
     def _hooks(self, hooks: dict[str, Any]) -> Iterator[None]:
         handles = [
-            self.target.get_submodule(name).register_forward_hook(hook)
+            self.target.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
             for name, hook in hooks.items()
         ]
         try:
@@ -170,5 +284,25 @@ class ComponentModel(nn.Module):
                 handle.remove()
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "-")
+def _only_input(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The one argument of a linear or embedding module, however it was passed."""
+    values = (*args, *kwargs.values())
+    if len(values) != 1:
+        raise _refusal(name, f"is called with {len(values)} arguments, not with its input alone")
+    return values[0]
+
+
+def _refusal(name: str, why: str) -> ValueError:
+    """Masks cannot follow what this module does in the target's forward pass."""
+    return ValueError(f"decompose.modules: {name!r} {why}; leave it out")
+
+
+def _fields(raw: Any) -> str:
+    """The names or indices in what a target returned."""
+    if isinstance(raw, list | tuple):
+        names = getattr(raw, "_fields", range(len(raw)))
+    elif isinstance(raw, dict):
+        names = raw
+    else:
+        names = getattr(raw, "__dataclass_fields__", None) or getattr(raw, "__dict__", ())
+    return ", ".join(map(str, names)) or "no fields"

@@ -1,8 +1,47 @@
 """Subcomponents of one weight matrix: rank-one matrices V[:, c] U[c, :]."""
 
+from typing import Any
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Identity(nn.Module):
+    """An identity matrix of d features, inserted before a module so that it can be decomposed."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        # Not persistent: the target's own checkpoint knows nothing of it.
+        self.register_buffer("weight", torch.eye(d), persistent=False)
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return x
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's Conv1D, a linear map that stores its weight as (d_in, d_out)."""
+    # By name: importing transformers takes seconds, and few targets need it.
+    return type(module).__module__ == "transformers.pytorch_utils" and hasattr(module, "nf")
+
+
+def is_decomposable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding | Identity) or is_conv1d(module)
+
+
+def computes_its_map(module: Any, x: Tensor, out: Tensor) -> bool:
+    """Whether `out` is W x + b, or W[token]: a subclass with its own forward() may differ."""
+    if type(module).forward in (nn.Linear.forward, nn.Embedding.forward, Identity.forward):
+        return True
+    if is_conv1d(module):
+        return True
+    if isinstance(module, nn.Embedding):
+        wanted = F.embedding(x, module.weight)
+    else:
+        wanted = F.linear(x.to(module.weight.dtype), module.weight, module.bias)
+    # The subclass may compute in half precision.
+    return bool((out - wanted).norm() <= 0.02 * wanted.norm())
 
 
 class LinearComponents(nn.Module):
@@ -11,26 +50,37 @@ class LinearComponents(nn.Module):
     V starts as N(0, 1/d_in) and U as N(0, 1/C) (fan-in, linear gain).
     """
 
-    weight: Float[Tensor, "d_out d_in"]
-    bias: Float[Tensor, "d_out"] | None
-
-    def __init__(self, linear: nn.Linear, C: int, generator: torch.Generator) -> None:
+    def __init__(self, module: nn.Module, C: int, generator: torch.Generator) -> None:
         super().__init__()
-        d_out, d_in = linear.weight.shape
+        # In a tuple, so that the target's module is not registered a second time.
+        self._module: tuple[Any] = (module,)
+        d_out, d_in = self.weight.shape
         self.C = C
         self.V = nn.Parameter(torch.randn(d_in, C, generator=generator) / d_in**0.5)
         self.U = nn.Parameter(torch.randn(C, d_out, generator=generator) / C**0.5)
-        # The target's own data: buffers, so that they move with the module and never train.
-        self.register_buffer("weight", linear.weight.detach().clone(), persistent=False)
-        bias = None if linear.bias is None else linear.bias.detach().clone()
-        self.register_buffer("bias", bias, persistent=False)
+
+    @property
+    def weight(self) -> Float[Tensor, "d_out d_in"]:
+        """The target's weight; an embedding maps a one-hot token, so it is d_embed x n_tokens."""
+        (module,) = self._module
+        weight = module.weight.detach()
+        return weight if isinstance(module, nn.Linear | Identity) else weight.T
+
+    @property
+    def bias(self) -> Float[Tensor, "d_out"] | None:
+        bias = getattr(self._module[0], "bias", None)
+        if bias is None:
+            return None
+        # A bias of half precision would round what is added to it and subtracted again.
+        return bias.detach().to(torch.promote_types(bias.dtype, self.V.dtype))
 
     def inner_acts(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... C"]:
-        return x @ self.V
+        return x.to(self.V.dtype) @ self.V
 
     def weight_error(self) -> Float[Tensor, "d_out d_in"]:
-        """W - (V U)^T, what the subcomponents leave out."""
-        return self.weight - (self.V @ self.U).T
+        """W - (V U)^T, what the subcomponents leave out, in full precision."""
+        with torch.autocast(self.V.device.type, enabled=False):
+            return self.weight - (self.V @ self.U).T
 
     def forward(
         self,
@@ -44,15 +94,40 @@ class LinearComponents(nn.Module):
         With y the module's own output on x, the delta term is m_d (y - b) - m_d (x V) U, so no
         dense delta matrix is built.
         """
-        inner = self.inner_acts(x)
+        inner, bias = self.inner_acts(x), self.bias
         if delta_mask is None:
             out = (inner if mask is None else inner * mask) @ self.U
-            return out if self.bias is None else out + self.bias
+            return (out if bias is None else out + bias).to(target_out.dtype)
         m_d = delta_mask.unsqueeze(-1)
         difference = (1 if mask is None else mask) - m_d
-        if self.bias is None:
-            return torch.addcmul((inner * difference) @ self.U, m_d, target_out)
-        return torch.addcmul((inner * difference) @ self.U, m_d, target_out - self.bias) + self.bias
+        y = target_out if bias is None else target_out - bias
+        out = torch.addcmul((inner * difference) @ self.U, m_d, y)
+        return (out if bias is None else out + bias).to(target_out.dtype)
+
+
+class EmbeddingComponents(LinearComponents):
+    """Subcomponents of an embedding: V (n_tokens, C) is looked up, never multiplied."""
+
+    def inner_acts(self, x: Int[Tensor, "..."]) -> Float[Tensor, "... C"]:
+        return F.embedding(x, self.V)
+
+
+def make_components(
+    path: str, module: nn.Module, C: int, generator: torch.Generator
+) -> LinearComponents:
+    """Components beside one module of the target.
+
+    Raises:
+        ValueError: an embedding that changes its own weight as it is used.
+    """
+    if not isinstance(module, nn.Embedding):
+        return LinearComponents(module, C, generator)
+    if module.max_norm is not None:
+        raise ValueError(
+            f"decompose.modules: {path!r} is an embedding with max_norm={module.max_norm}, which "
+            "rescales its weight as it is used; set max_norm=None in the target"
+        )
+    return EmbeddingComponents(module, C, generator)
 
 
 def tie(first: LinearComponents, second: LinearComponents) -> None:

@@ -1,36 +1,62 @@
 """Evaluation: batches to metrics and figures. Runs under no_grad and leaves training untouched."""
 
+import time
 from collections import defaultdict
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spd_core.batches import autocast, draw_examples, make_batch
 from spd_core.component_model import ComponentModel
-from spd_core.config import MetricConfig, RunConfig
-from spd_core.data.sparse import sparse_features
-from spd_core.distributed import Dist, all_sum
-from spd_core.losses import Batch, configured, loss_parts
-from spd_core.metrics.ci import CiStatistic, ci_statistic, total
-from spd_core.metrics.solutions import (
-    identity_ci_error,
-    mmcs_ml2r,
-    single_feature_ci,
+from spd_core.config import RunConfig
+from spd_core.config.base import CustomConfig
+from spd_core.config.losses import AnyLossConfig
+from spd_core.config.metrics import (
+    CeAndKlConfig,
+    CiL0Config,
+    CustomMetricConfig,
+    DensityConfig,
+    IdentityCiErrorConfig,
+    MetricConfig,
+    MmcsMl2rConfig,
+    PGDMultibatchConfig,
+    PlainMetricConfig,
+    SubsetCeAndKlConfig,
 )
+from spd_core.distributed import Dist, all_sum, synchronise
+from spd_core.losses import loss_parts, prepare_step
+from spd_core.losses.batch import Batch
+from spd_core.losses.distance import LossParts
+from spd_core.losses.pgd import pgd_recon, shared_sources
+from spd_core.metrics import ci, outputs
+from spd_core.metrics.solutions import identity_ci_error, mmcs_ml2r, single_feature_ci
+from spd_core.metrics.training import AliveComponents
+from spd_core.parts import load_part
 from spd_core.randomness import StepRandomness
 
+Sums = dict[str, Tensor]
+"""What a metric adds up over batches and ranks, by key."""
 
-def make_batch(
-    config: RunConfig, model: ComponentModel, randomness: StepRandomness, purpose: str
-) -> Batch:
-    """Examples, the target's output and causal importances of one step, on this rank."""
-    examples = sparse_features(
-        config.data, config.target.n_features, randomness.batch_stream(f"{purpose}:data")
-    )
-    target_out, inputs = model.run_target(examples)
-    ci = model.causal_importances(inputs, randomness.batch_stream(f"{purpose}:binomial"))
-    return Batch(examples, target_out, ci, randomness)
+
+def due_metrics(config: RunConfig, step: int) -> dict[str, MetricConfig]:
+    """The metrics whose turn it is after `step` steps; at the last one, all of them."""
+
+    def due(metric: MetricConfig) -> bool:
+        match metric.when:
+            case "fast":
+                period = config.eval.every
+            case "slow":
+                period = config.eval.slow_every
+            case int(n):
+                period = n
+        return step % period == 0 or step == config.train.steps
+
+    return {name: m for name, m in config.eval.metrics.configured().items() if due(m)}
 
 
 # no_grad and not inference_mode: an adversarial loss needs gradients inside evaluation.
@@ -39,123 +65,248 @@ def evaluate(
     config: RunConfig,
     model: ComponentModel,
     step: int,
-    when: Literal["fast", "slow"],
+    metrics: dict[str, MetricConfig],
+    alive: AliveComponents | None,
+    step_s: float,
     dist: Dist,
     figures: Path,
 ) -> dict[str, float]:
-    """All metrics due now, as `eval/NAME/...`; slow evaluations draw figures too (rank 0 only)."""
-    sums, statistics = _run_batches(config, model, step, dist)
-    metrics = config.eval.metrics
+    """The given metrics as `eval/...`, and their cost in seconds and in training steps.
+
+    Every rank calls it; values are whole on each, figures are drawn by rank 0.
+    """
+    cost: dict[str, float] = defaultdict(float)
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        synchronise(dist.device)
+        started = time.perf_counter()
+        result = work()
+        synchronise(dist.device)
+        cost[name] += time.perf_counter() - started
+        return result
+
     result: dict[str, float] = {}
-    if _due(metrics.losses, when):
-        result |= {f"eval/loss/{name}": value for name, value in sums.items()}
-    if metrics.ci_l0 is not None and _due(metrics.ci_l0, when):
-        for name, statistic in statistics.items():
-            l0 = (statistic.active_l0.sum() / statistic.n).item()
-            result[f"eval/ci_l0_{metrics.ci_l0.threshold}/{name}"] = l0
-    single_ci = single_feature_ci(model, config.target.n_features, dist.device)
-    if metrics.identity_ci_error is not None and _due(metrics.identity_ci_error, when):
-        for name, pattern in metrics.identity_ci_error.modules.items():
-            result[f"eval/identity_ci_error/{name}"] = identity_ci_error(
-                single_ci[name], pattern, metrics.identity_ci_error.tolerance
-            )
-    if metrics.mmcs_ml2r is not None and _due(metrics.mmcs_ml2r, when):
-        for name, side in metrics.mmcs_ml2r.modules.items():
-            mmcs, ml2r = mmcs_ml2r(model.components[name], side)
-            result |= {f"eval/mmcs/{name}": mmcs, f"eval/ml2r/{name}": ml2r}
-    if dist.is_main:
-        _draw(config, model, single_ci, statistics, when, figures)
+    with autocast(config, dist.device):
+        sums: dict[str, Sums] = {name: {} for name in metrics}
+        for i in range(config.eval.steps):
+            batch = timed("batches", partial(_batch, config, model, i, dist, "eval"))
+            for name, metric in metrics.items():
+                measure = partial(_measure, name, metric, config, model, batch, step, dist)
+                for key, part in timed(name, measure).items():
+                    sums[name][key] = sums[name][key] + part if key in sums[name] else part
+        for name, metric in metrics.items():
+            totals = timed(name, partial(_over_ranks, sums[name], dist))
+            finish = partial(_values, name, metric, config, model, totals, alive, dist)
+            result |= {f"eval/{key}": value for key, value in timed(name, finish).items()}
+            if dist.is_main:
+                draw = partial(_draw, name, metric, config, model, totals, dist, figures)
+                timed(name, draw)
+    for name, seconds in {**cost, "total": sum(cost.values())}.items():
+        result[f"eval_cost/seconds/{name}"] = seconds
+        result[f"eval_cost/steps/{name}"] = seconds / step_s
     return result
 
 
-def _due(metric: MetricConfig | None, when: Literal["fast", "slow"]) -> bool:
-    return metric is not None and (when == "slow" or metric.when == "fast")
-
-
-def check_metric_modules(config: RunConfig, model: ComponentModel) -> None:
-    """Refuse metrics of modules that are not decomposed, before any training.
+def check_metrics(config: RunConfig, model: ComponentModel) -> None:
+    """Refuse metrics that do not fit the decomposition, before any training.
 
     Raises:
-        ValueError: names the metric, the module, and the modules that are decomposed.
+        ValueError: names the metric, what it asks for, and what there is.
     """
-    metrics = config.eval.metrics
-    named = {"identity_ci_error": metrics.identity_ci_error, "mmcs_ml2r": metrics.mmcs_ml2r}
-    for metric, options in named.items():
+    metrics, names = config.eval.metrics, list(model.components)
+    decomposed = f"decomposed are {', '.join(names)}"
+    exact = {"identity_ci_error": metrics.identity_ci_error, "mmcs_ml2r": metrics.mmcs_ml2r}
+    for metric, options in exact.items():
         for name in [] if options is None else options.modules:
-            if name not in model.components:
+            if name not in names:
                 raise ValueError(
                     f"eval.metrics.{metric}.modules names {name!r}, which is not decomposed; "
-                    f"decomposed are {', '.join(model.components)}"
+                    f"{decomposed}"
                 )
-
-
-def _run_batches(
-    config: RunConfig, model: ComponentModel, step: int, dist: Dist
-) -> tuple[dict[str, float], dict[str, CiStatistic]]:
-    metrics = config.eval.metrics
-    l0 = 0.0 if metrics.ci_l0 is None else metrics.ci_l0.threshold
-    density = metrics.component_activation_density
-    sums: dict[str, Tensor] = {}
-    statistics: dict[str, list[CiStatistic]] = defaultdict(list)
-    for i in range(config.eval.steps):
-        # Every evaluation sees the same examples, so that its values can be compared over steps.
-        randomness = StepRandomness(
-            config.seed, i, dist.rank, dist.world_size, config.eval.batch_size, dist.device
-        )
-        batch = make_batch(config, model, randomness, "eval")
-        for name, loss in configured(config.losses).items():
-            sum_, count = loss_parts(name, loss, model, batch, step, config.train.steps, dist)
-            part = torch.stack([sum_, sum_.new_tensor(float(count))])
-            sums[name] = part if name not in sums else sums[name] + part
-        for name, ci in batch.ci.items():
-            statistics[name].append(
-                ci_statistic(ci, l0, 0.0 if density is None else density.threshold)
+    for group, patterns in metrics.ci_l0.groups.items() if metrics.ci_l0 else ():
+        unmatched = [p for p in patterns if not any(fnmatchcase(n, p) for n in names)]
+        if unmatched or group in names or not patterns:
+            problem = f"no module for {unmatched}" if unmatched else "a name or list that is taken"
+            raise ValueError(f"eval.metrics.ci_l0.groups.{group}: {problem}; {decomposed}")
+    subsets = metrics.stochastic_recon_subset_ce_and_kl
+    for subset, modules in subsets.subsets.items() if subsets else ():
+        if subset in outputs.RESERVED or not outputs.modules_of(modules, names):
+            problem = "is a name that is taken" if subset in outputs.RESERVED else "holds no module"
+            raise ValueError(
+                f"eval.metrics.stochastic_recon_subset_ce_and_kl.subsets.{subset} {problem}; "
+                f"{decomposed}"
             )
-    totals = {name: all_sum(part, dist) for name, part in sums.items()}
-    return (
-        {name: (part[0] / part[1]).item() for name, part in totals.items()},
-        {name: total(parts, dist) for name, parts in statistics.items()},
-    )
+    _check_tokens(config)
+
+
+def _check_tokens(config: RunConfig) -> None:
+    metrics = config.eval.metrics
+    of_tokens = {
+        "ce_and_kl": metrics.ce_and_kl,
+        "stochastic_recon_subset_ce_and_kl": metrics.stochastic_recon_subset_ce_and_kl,
+    }
+    one = StepRandomness(config.seed, 0, 0, 1, 1, torch.device("cpu"))
+    for name, metric in of_tokens.items():
+        if metric is not None and draw_examples(config, one, "eval").is_floating_point():
+            raise ValueError(
+                f"eval.metrics.{name} needs a language model, which predicts the next token; the "
+                f"{config.target.kind} target has no tokens: eval.metrics.{name}=null"
+            )
+
+
+def _batch(config: RunConfig, model: ComponentModel, i: int, dist: Dist, purpose: str) -> Batch:
+    """Batch i of an evaluation; each evaluation sees the same ones, so that values compare."""
+    size = config.eval.batch_size
+    randomness = StepRandomness(config.seed, i, dist.rank, dist.world_size, size, dist.device)
+    return make_batch(config, model, randomness, purpose)
+
+
+def _measure(
+    name: str,
+    metric: MetricConfig,
+    config: RunConfig,
+    model: ComponentModel,
+    batch: Batch,
+    step: int,
+    dist: Dist,
+) -> Sums:
+    """What one batch adds to a metric."""
+    position = step / config.train.steps
+    match metric:
+        case CustomMetricConfig(kind="metric"):
+            values = load_part(f"eval.metrics.{name}", metric, "metric")(model, batch)
+            return {f"{name}/{key}": _pair(parts, dist) for key, parts in values.items()}
+        case CiL0Config():
+            return ci.l0_sums(batch.ci, metric)
+        case DensityConfig():
+            return ci.component_sums(batch.ci, metric.threshold)
+        case CeAndKlConfig():
+            return outputs.ce_and_kl_sums(model, batch, metric.rounding_threshold)
+        case SubsetCeAndKlConfig():
+            return outputs.subset_ce_and_kl_sums(model, batch, metric.subsets)
+    match name:
+        case "losses":
+            losses = config.losses.configured()
+            parts = _losses(losses, model, batch, position, dist)
+            return {f"loss/{loss}": _pair(parts[loss], dist) for loss in losses}
+        case "ci_histograms":
+            return ci.histogram_sums(batch.ci)
+        case "ci_mean_per_component" | "uv_plots":
+            return ci.component_sums(batch.ci, threshold=None)
+        case _ if isinstance(metric, AnyLossConfig) and not isinstance(metric, CustomConfig):
+            parts = _losses({name: metric}, model, batch, position, dist)
+            return {name: _pair(parts[name], dist)}
+    return {}
+
+
+def _losses(
+    losses: dict[str, AnyLossConfig],
+    model: ComponentModel,
+    batch: Batch,
+    position: float,
+    dist: Dist,
+) -> dict[str, LossParts]:
+    step = prepare_step(losses, model, lambda: [batch], 1, position, dist)
+    return {name: loss_parts(name, loss, model, batch, step) for name, loss in losses.items()}
+
+
+def _pair(parts: LossParts, dist: Dist) -> Tensor:
+    """(sum, count) in double; a metric of the user's own may give plain numbers."""
+    return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=dist.device) for x in parts])
+
+
+def _over_ranks(sums: Sums, dist: Dist) -> Sums:
+    """Everything that a metric added up, over all ranks in one collective."""
+    if not sums:
+        return {}
+    flat = all_sum(torch.cat([part.flatten().double() for part in sums.values()]), dist)
+    parts = flat.split([part.numel() for part in sums.values()])
+    return {k: t.view_as(s) for (k, s), t in zip(sums.items(), parts, strict=True)}
+
+
+def _values(
+    name: str,
+    metric: MetricConfig,
+    config: RunConfig,
+    model: ComponentModel,
+    sums: Sums,
+    alive: AliveComponents | None,
+    dist: Dist,
+) -> dict[str, float]:
+    """A metric's values from its sums, or from the model alone."""
+    match metric:
+        case CeAndKlConfig() | SubsetCeAndKlConfig():
+            return {f"{name}/{k}": v for k, v in outputs.ce_and_kl_values(sums).items()}
+        case IdentityCiErrorConfig(modules=modules, tolerance=tolerance):
+            single = single_feature_ci(model, config.target.n_features, dist.device)
+            return {
+                f"{name}/{module}": identity_ci_error(single[module], pattern, tolerance)
+                for module, pattern in modules.items()
+            }
+        case MmcsMl2rConfig(modules=modules):
+            values = {}
+            for module, side in modules.items():
+                mmcs, ml2r = mmcs_ml2r(model.components[module], side)
+                values |= {f"mmcs/{module}": mmcs, f"ml2r/{module}": ml2r}
+            return values
+        case PGDMultibatchConfig():
+            return {name: _multibatch_pgd(name, metric, config, model, dist)}
+        case DensityConfig() | PlainMetricConfig() if name != "losses":
+            return {}
+    if name == "alive_components":
+        assert alive is not None
+        return {f"{name}/{module}": n for module, n in alive.n_alive(dist).items()}
+    return {key: (pair[0] / pair[1]).item() for key, pair in sums.items()}
+
+
+def _multibatch_pgd(
+    name: str, options: PGDMultibatchConfig, config: RunConfig, model: ComponentModel, dist: Dist
+) -> float:
+    """Mean distance under the worst sources that many batches share, batch by batch in memory."""
+
+    def batches() -> Any:
+        return (_batch(config, model, i, dist, name) for i in range(options.n_batches))
+
+    sources = shared_sources(model, batches, options, options.routing, name, dist)
+    parts = [pgd_recon(model, batch, sources, options.routing, name) for batch in batches()]
+    sum_, count = all_sum(torch.stack([_pair(part, dist) for part in parts]).sum(0), dist)
+    return (sum_ / count).item()
 
 
 def _draw(
+    name: str,
+    metric: MetricConfig,
     config: RunConfig,
     model: ComponentModel,
-    single_ci: dict[str, Tensor],
-    statistics: dict[str, CiStatistic],
-    when: Literal["fast", "slow"],
+    sums: Sums,
+    dist: Dist,
     folder: Path,
 ) -> None:
-    metrics = config.eval.metrics
-    wanted = [
-        metrics.permuted_ci_plots,
-        metrics.uv_plots,
-        metrics.ci_histograms,
-        metrics.component_activation_density,
-        metrics.ci_mean_per_component,
-    ]
-    if not any(_due(m, when) for m in wanted):
+    """Draw the figure of a metric that has one, as NAME.png."""
+    own = isinstance(metric, CustomMetricConfig) and metric.kind == "figure"
+    built_in = isinstance(metric, DensityConfig | PlainMetricConfig) and name != "losses"
+    if not own and not built_in:
         return
     # Imported here: matplotlib takes long, and a run without figures does not need it.
     from spd_core.metrics import figures
 
+    match name:
+        case "permuted_ci_plots":
+            single = single_feature_ci(model, config.target.n_features, dist.device)
+            figure = figures.permuted_ci(single)
+        case "uv_plots":
+            order = {n: s[:-1].argsort(descending=True).tolist() for n, s in sums.items()}
+            figure = figures.uv(model.components, order)
+        case "ci_histograms":
+            figure = figures.ci_histograms(sums)
+        case "component_activation_density":
+            figure = figures.per_component(sums, "share of positions active")
+        case "ci_mean_per_component":
+            figure = figures.per_component(sums, "mean causal importance")
+        case _:
+            assert isinstance(metric, CustomMetricConfig)
+            part = load_part(f"eval.metrics.{name}", metric, "figure")
+            figure = part(model, _batch(config, model, 0, dist, "eval"))
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {}
-    if _due(metrics.permuted_ci_plots, when):
-        drawn["permuted_ci"] = figures.permuted_ci(single_ci)
-    if _due(metrics.uv_plots, when):
-        order = {n: ci.sum(0).argsort(descending=True).tolist() for n, ci in single_ci.items()}
-        drawn["uv"] = figures.uv(model.components, order)
-    if _due(metrics.ci_histograms, when):
-        drawn["ci_histograms"] = figures.ci_histograms(statistics)
-    if _due(metrics.component_activation_density, when):
-        density = {n: s.active_density / s.n for n, s in statistics.items()}
-        drawn["component_activation_density"] = figures.per_component(
-            density, "share of positions active"
-        )
-    if _due(metrics.ci_mean_per_component, when):
-        mean = {n: s.lower_sum / s.n for n, s in statistics.items()}
-        drawn["ci_mean_per_component"] = figures.per_component(mean, "mean causal importance")
-    for name, figure in drawn.items():
-        figure.savefig(folder / f"{name}.png", dpi=130)
-        figures.plt.close(figure)
+    figure.savefig(folder / f"{name}.png", dpi=130)
+    figures.plt.close(figure)

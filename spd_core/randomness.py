@@ -1,12 +1,12 @@
 """Random streams addressed by (seed, purpose, step, shard), never by ambient state.
 
-The global batch is cut into equal shards with a stream each, and a rank draws for its own shards
-only: what an example sees depends on its place in the global batch, not on a restart, and not on
-dp as long as dp divides the 16 shards (another dp cuts finer, with numbers of its own).
+The global batch is cut into shards with a stream each, and a rank draws the shards that its own
+examples lie in: what an example sees depends on its place in the global batch alone, not on a
+restart, the number of ranks, or microbatches.
 """
 
 import hashlib
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,48 +26,67 @@ def stream(seed: int, purpose: str, *address: int, device: torch.device) -> torc
 
 @dataclass(frozen=True)
 class BatchStream:
-    """The streams of one rank's part of one batch, for one purpose."""
+    """The streams of one rank's part of one batch, for one purpose.
 
-    generators: list[torch.Generator]
-    shard_size: int
+    `shards` are generators with the number of examples that each draws; of all these examples,
+    `part` belongs to this rank.
+    """
+
+    shards: list[tuple[torch.Generator, int]]
+    part: slice
 
     def uniform(self, *shape: int) -> Float[Tensor, "batch *rest"]:
         """U[0, 1) of shape (batch of this rank, *shape)."""
-        return torch.cat(
-            [
-                torch.rand(self.shard_size, *shape, generator=g, device=g.device)
-                for g in self.generators
-            ]
-        )
+        return self._draw(lambda n, g: torch.rand(n, *shape, generator=g, device=g.device))
 
     def integers(self, low: int, high: int, *shape: int) -> Int[Tensor, "batch *rest"]:
         """Uniform integers in [low, high) of shape (batch of this rank, *shape)."""
-        return torch.cat(
-            [
-                torch.randint(low, high, (self.shard_size, *shape), generator=g, device=g.device)
-                for g in self.generators
-            ]
+        return self._draw(
+            lambda n, g: torch.randint(low, high, (n, *shape), generator=g, device=g.device)
         )
+
+    def _draw(self, one_shard: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+        return torch.cat([one_shard(n, generator) for generator, n in self.shards])[self.part]
 
 
 @dataclass(frozen=True)
 class StepRandomness:
-    """Where the random numbers of one step come from, on one rank."""
+    """Where the random numbers of one step come from, in one of equal parts of the batch.
+
+    A part is a rank's share, or one of its microbatches.
+    """
 
     seed: int
     step: int
-    rank: int
-    world_size: int
+    part: int
+    n_parts: int
     batch_size: int
     device: torch.device
 
+    @property
+    def examples(self) -> range:
+        """The places of this part in the global batch."""
+        return _cut(self.part, self.n_parts, self.batch_size)
+
     def batch_stream(self, purpose: str) -> BatchStream:
-        n_shards = math.lcm(math.gcd(self.batch_size, N_SHARDS), self.world_size)
-        per_rank = n_shards // self.world_size
+        examples = self.examples
+        all_shards = [_cut(i, N_SHARDS, self.batch_size) for i in range(N_SHARDS)]
+        touched = [
+            (i, shard)
+            for i, shard in enumerate(all_shards)
+            if max(shard.start, examples.start) < min(shard.stop, examples.stop)
+        ]
+        first = touched[0][1].start
         return BatchStream(
-            [
-                stream(self.seed, purpose, self.step, shard, device=self.device)
-                for shard in range(self.rank * per_rank, (self.rank + 1) * per_rank)
-            ],
-            self.batch_size // n_shards,
+            [(self.shared_stream(f"{purpose}:{i}"), len(shard)) for i, shard in touched],
+            slice(examples.start - first, examples.stop - first),
         )
+
+    def shared_stream(self, purpose: str) -> torch.Generator:
+        """One stream for this step, the same on every rank."""
+        return stream(self.seed, purpose, self.step, device=self.device)
+
+
+def _cut(i: int, n: int, size: int) -> range:
+    """Part i of n nearly equal parts of range(size)."""
+    return range(i * size // n, (i + 1) * size // n)

@@ -4,7 +4,6 @@ import json
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Literal
@@ -12,44 +11,20 @@ from typing import Literal
 from spd_core.config import BaseConfig
 
 
-@dataclass(frozen=True)
 class RunDir:
-    """The folder `runs/RUN_ID` of one run."""
+    """The folder `runs/RUN_ID` of one run, and every path in it."""
 
-    path: Path
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def status_file(self) -> Path:
-        return self.path / "status.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def env_file(self) -> Path:
-        return self.path / "env.json"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def report_file(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def targets(self) -> Path:
-        """The store of trained targets, shared by all runs of the same out_dir."""
-        return self.path.parent.parent / "targets"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.status_file = path / "status.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.env_file = path / "env.json"
+        self.report_file = path / "report.html"
+        self.figures = path / "figures"
+        self.checkpoints = path / "checkpoints"
+        # The store of trained targets is shared by all runs of the same out_dir.
+        self.targets = path.parent.parent / "targets"
 
 
 class Status(BaseConfig):

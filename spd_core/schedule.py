@@ -2,7 +2,8 @@
 
 import math
 
-from spd_core.config import ImportanceMinimalityConfig, ScheduleConfig
+from spd_core.config.base import ScheduleConfig
+from spd_core.config.losses import ImportanceMinimalityConfig
 
 
 def schedule_value(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -28,10 +29,9 @@ def coefficient(coeff: float | ScheduleConfig, step: int, steps: int) -> float:
     return schedule_value(coeff, step, steps) if isinstance(coeff, ScheduleConfig) else coeff
 
 
-def annealed_p(config: ImportanceMinimalityConfig, step: int, steps: int) -> float:
-    """p, moving linearly to p_anneal_final_p between the two positions of training."""
+def annealed_p(config: ImportanceMinimalityConfig, position: float) -> float:
+    """p, moving linearly to p_anneal_final_p between the two positions of training (0 to 1)."""
     start, end = config.p_anneal_start_frac, config.p_anneal_end_frac
-    position = step / steps
     if position < start:
         return config.p
     if position >= end:

@@ -9,18 +9,18 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 from spd_core import checkpoint, distributed
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.distributed import Dist
-from spd_core.evaluate import check_metric_modules, evaluate, make_batch
-from spd_core.losses import Batch, configured, loss_parts
+from spd_core.evaluate import check_metrics, due_metrics, evaluate
+from spd_core.load import files_to_load
 from spd_core.losses.faithfulness import faithfulness
-from spd_core.randomness import StepRandomness
+from spd_core.metrics.training import AliveComponents, CiObserver
+from spd_core.parts import check_parts
 from spd_core.run_dir import RunDir, Status, truncate_metrics, write_status
-from spd_core.schedule import coefficient, schedule_value
+from spd_core.step import optimisation_step, schedules
 from spd_core.targets.train_target import load_or_train_target
 from spd_core.tracking import Tracker, write_environment
 
@@ -64,18 +64,52 @@ class StatusWriter:
 
     def write(self, state: Literal["running", "stopped", "finished", "failed"]) -> None:
         if self.is_main:
-            write_status(
-                self.run_dir,
-                Status(
-                    state=state,
-                    step=self.step,
-                    steps=self.steps,
-                    heartbeat=time.time(),
-                    attempt=self.attempt,
-                    job_id=self.job_id,
-                    host=socket.gethostname(),
-                ),
-            )
+            now, host = time.time(), socket.gethostname()
+            fields = {"attempt": self.attempt, "job_id": self.job_id, "host": host}
+            fields |= {"state": state, "step": self.step, "steps": self.steps, "heartbeat": now}
+            write_status(self.run_dir, Status.model_validate(fields))
+
+
+@dataclass(frozen=True)
+class Training:
+    """One decomposition in progress, on one rank."""
+
+    config: RunConfig
+    run_dir: RunDir
+    dist: Dist
+    model: ComponentModel
+    optimizer: torch.optim.AdamW
+    alive: AliveComponents | None
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in training steps alone, without logging, evaluations and checkpoints."""
+
+    device: torch.device
+    n_steps: int = 0
+    seconds: float = 0.0
+    _started: float | None = None
+    _last: tuple[int, float] = (0, 0.0)
+
+    def start(self) -> None:
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._started is not None:
+            distributed.synchronise(self.device)
+            self.seconds += time.perf_counter() - self._started
+            self._started = None
+
+    def step_s(self) -> float:
+        return self.seconds / self.n_steps
+
+    def recent_step_s(self) -> float:
+        """Of the steps since the last call."""
+        n, seconds = self.n_steps - self._last[0], self.seconds - self._last[1]
+        self._last = (self.n_steps, self.seconds)
+        return seconds / n
 
 
 def train(
@@ -95,52 +129,60 @@ def train(
         ValueError: the config does not fit the target.
         FloatingPointError: a loss is not finite at a logged step.
     """
-    console = Console(quiet=not dist.is_main)
     status = StatusWriter(run_dir, dist.is_main, config.train.steps, attempt, job_id)
     status.write("running")
     try:
-        model = build_model(config, run_dir.targets, dist, console)
-        check_metric_modules(config, model)
-        optimizer = build_optimizer(config, model)
-        status.step = _restore_or_warm_up(config, run_dir, model, optimizer, dist, console)
-        _agree(status.step, model, dist)
-        status.write("running")
-        if dist.is_main:
-            write_environment(run_dir)
-            truncate_metrics(run_dir, status.step)
-        distributed.barrier(dist)
-        if not dist.is_main:
-            return _loop(config, run_dir, model, optimizer, dist, should_stop, status, None)
-        with Tracker(config, run_dir, console, status.step) as tracker:
-            return _loop(config, run_dir, model, optimizer, dist, should_stop, status, tracker)
+        with distributed.watching(dist, lambda: status.write("failed")):
+            return _train(config, run_dir, dist, should_stop, status)
     except BaseException:
         # Whatever ended the run, its status must say so; the error itself goes on.
         status.write("failed")
         raise
 
 
-def _restore_or_warm_up(
+def _train(
     config: RunConfig,
     run_dir: RunDir,
-    model: ComponentModel,
-    optimizer: torch.optim.AdamW,
     dist: Dist,
-    console: Console,
-) -> int:
-    """Continue from the newest valid checkpoint, else start with the faithfulness warm-up."""
-    if checkpoint.checkpoint_steps(run_dir):
-        folder, step, damaged = checkpoint.newest_valid_checkpoint(run_dir)
-        distributed.barrier(dist)  # every rank has looked before rank 0 moves anything
-        for damaged_folder, problem in damaged.items():
-            console.print(f"[yellow]{problem}: set aside", soft_wrap=True)
-            if dist.is_main:
-                checkpoint.set_aside(damaged_folder)
-        checkpoint.load_checkpoint(folder, model, optimizer)
-        console.print(f"continuing from step {step} ({folder})", soft_wrap=True)
-        return step
-    faithfulness_warm_up(config, model)
+    should_stop: Callable[[], bool],
+    status: StatusWriter,
+) -> Literal["finished", "stopped"]:
+    console = Console(quiet=not dist.is_main)
+    check_parts(config)
+    model = build_model(config, run_dir.targets, dist, console)
+    check_metrics(config, model)
+    alive = AliveComponents.start(config.eval.metrics.alive_components, model)
+    training = Training(config, run_dir, dist, model, build_optimizer(config, model), alive)
+    status.step = _restore_or_warm_up(training, console)
+    _agree(status.step, model, dist)
+    status.write("running")
+    if dist.is_main:
+        write_environment(run_dir)
+        truncate_metrics(run_dir, status.step)
     distributed.barrier(dist)
-    return 0
+    if not dist.is_main:
+        return _loop(training, should_stop, status, None)
+    with Tracker(config, run_dir, console, status.step) as tracker:
+        return _loop(training, should_stop, status, tracker)
+
+
+def _restore_or_warm_up(t: Training, console: Console) -> int:
+    """Continue from the newest valid checkpoint, else start with the faithfulness warm-up."""
+    if not checkpoint.checkpoint_steps(t.run_dir):
+        faithfulness_warm_up(t.config, t.model)
+        distributed.barrier(t.dist)
+        return 0
+    folder, step, damaged = checkpoint.newest_valid_checkpoint(t.run_dir)
+    distributed.barrier(t.dist)  # every rank has looked before rank 0 moves anything
+    for damaged_folder, problem in damaged.items():
+        console.print(f"[yellow]{problem}: set aside", soft_wrap=True)
+        if t.dist.is_main:
+            checkpoint.set_aside(damaged_folder)
+    extra = checkpoint.load_checkpoint(folder, t.model, t.optimizer)
+    if t.alive is not None:
+        t.alive.load(extra)
+    console.print(f"continuing from step {step} ({folder})", soft_wrap=True)
+    return step
 
 
 def _agree(step: int, model: ComponentModel, dist: Dist) -> None:
@@ -173,52 +215,44 @@ def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
 
 
 def _loop(
-    config: RunConfig,
-    run_dir: RunDir,
-    model: ComponentModel,
-    optimizer: torch.optim.AdamW,
-    dist: Dist,
-    should_stop: Callable[[], bool],
-    status: StatusWriter,
-    tracker: Tracker | None,
+    t: Training, should_stop: Callable[[], bool], status: StatusWriter, tracker: Tracker | None
 ) -> Literal["finished", "stopped"]:
-    step, steps = status.step, config.train.steps
-    last_heartbeat = time.monotonic()
+    config, dist, step, steps = t.config, t.dist, status.step, t.config.train.steps
+    watch, last_heartbeat = Stopwatch(dist.device), time.monotonic()
     while step < steps:
         # ---- one optimisation step; from here on `step` counts the steps done
-        started = time.perf_counter()
-        losses, total, norms = optimisation_step(config, model, optimizer, dist, step)
-        lr = schedule_value(config.train.lr, step, steps)
+        logged = (step + 1) % config.track.log_every == 0 or step + 1 in (1, steps)
+        observer = CiObserver(config.eval.metrics.ci_l0 if logged else None, t.alive, dist)
+        watch.start()
+        result = optimisation_step(config, t.model, t.optimizer, dist, step, observer.observe)
+        watch.n_steps += 1
+        scheduled = schedules(config, step)
         step = status.step = step + 1
-        if step % config.track.log_every == 0 or step in (1, steps):
-            values = {f"loss/{name}": value.item() for name, value in losses.items()}
-            values |= {"loss/total": total.item()}
+        if logged:
+            watch.stop()
+            values = result.values() | observer.ci_l0()
             _check_finite(values, step)
-            values |= {f"grad_norm/{name}": norm.item() for name, norm in norms.items()}
-            values["lr"] = lr
-            values["examples_per_s"] = config.train.batch_size / (time.perf_counter() - started)
+            unit = "tokens" if result.n_positions > config.train.batch_size else "examples"
+            values[f"{unit}_per_s"] = result.n_positions / watch.recent_step_s()
             if tracker is not None:
-                tracker.log(step, values)
+                tracker.log(step, values | scheduled)
 
         # ---- rare events
-        if step % config.eval.every == 0 or step == steps:
-            slow = step % config.eval.slow_every == 0 or step == steps
-            started = time.perf_counter()
-            metrics = evaluate(
-                config,
-                model,
-                step,
-                "slow" if slow else "fast",
-                dist,
-                run_dir.figures / f"step_{step}",
-            )
+        if due := due_metrics(config, step):
+            watch.stop()
+            figures = t.run_dir.figures / f"step_{step}"
+            metrics = evaluate(config, t.model, step, due, t.alive, watch.step_s(), dist, figures)
             if tracker is not None:
-                tracker.log(step, metrics | {"eval/seconds": time.perf_counter() - started})
+                tracker.log(step, metrics)
+                tracker.log_figures(step, figures)
         stopping = distributed.any_rank(should_stop(), dist)
         if stopping or step % config.checkpoint.every_steps == 0 or step == steps:
-            _check_finite({f"grad_norm/{n}": norm.item() for n, norm in norms.items()}, step)
+            watch.stop()
+            _check_finite({n: norm.item() for n, norm in result.grad_norms.items()}, step)
+            extra = {} if t.alive is None else t.alive.tensors(dist)
             if dist.is_main:
-                checkpoint.save_checkpoint(run_dir, step, model, optimizer, config.checkpoint.keep)
+                keep = config.checkpoint.keep
+                checkpoint.save_checkpoint(t.run_dir, step, t.model, t.optimizer, extra, keep)
             distributed.barrier(dist)
         if tracker is not None:
             tracker.advance(step)
@@ -228,74 +262,10 @@ def _loop(
         if time.monotonic() - last_heartbeat > HEARTBEAT_S:
             last_heartbeat = time.monotonic()
             status.write("running")
+    if tracker is not None and config.track.wandb.mode != "disabled":
+        tracker.save_files(files_to_load(t.run_dir, config))
     status.write("finished")
     return "finished"
-
-
-def optimisation_step(
-    config: RunConfig,
-    model: ComponentModel,
-    optimizer: torch.optim.AdamW,
-    dist: Dist,
-    step: int,
-) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-    """One step: losses by name (over all ranks), their weighted sum, and gradient norms.
-
-    Reads nothing back from the device, so that a GPU is never waited for.
-    """
-    steps = config.train.steps
-    randomness = StepRandomness(
-        config.seed, step, dist.rank, dist.world_size, config.train.batch_size, dist.device
-    )
-    batch = make_batch(config, model, randomness, "train")
-    losses, weighted = weighted_losses(config, model, batch, step, dist)
-    optimizer.zero_grad(set_to_none=True)
-    weighted.backward()
-    distributed.sum_gradients(model.trained_parameters().values(), dist)
-    clip = config.train.grad_clip
-    norms = {
-        "components": _clip(model.component_parameters(), clip.components),
-        "ci_fns": _clip(model.ci_fn_parameters(), clip.ci_fns),
-    }
-    for group in optimizer.param_groups:
-        group["lr"] = schedule_value(config.train.lr, step, steps)
-    optimizer.step()
-    total = sum(
-        (
-            coefficient(loss.coeff, step, steps) * losses[name]
-            for name, loss in configured(config.losses).items()
-        ),
-        start=weighted.new_zeros(()),
-    )
-    return losses, total, norms
-
-
-def weighted_losses(
-    config: RunConfig, model: ComponentModel, batch: Batch, step: int, dist: Dist
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The losses over all ranks (detached), and this rank's share of their weighted sum."""
-    steps = config.train.steps
-    parts = {
-        name: loss_parts(name, loss, model, batch, step, steps, dist)
-        for name, loss in configured(config.losses).items()
-    }
-    local = torch.stack([sum_.detach() for sum_, _ in parts.values()])
-    counts = local.new_tensor([float(count) for _, count in parts.values()])
-    sums, counts = distributed.all_sum(torch.stack([local, counts]), dist)
-    losses = dict(zip(parts, sums / counts, strict=True))
-    weighted = sum(
-        (
-            coefficient(loss.coeff, step, steps) * parts[name][0] / counts[i]
-            for i, (name, loss) in enumerate(configured(config.losses).items())
-        ),
-        start=local.new_zeros(()),
-    )
-    return losses, weighted
-
-
-def _clip(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Clip in place and return the norm before clipping."""
-    return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
 
 
 def _check_finite(values: dict[str, float], step: int) -> None:

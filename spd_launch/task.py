@@ -163,9 +163,10 @@ def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
     )  # fmt: skip
     outcome = train(config, run_dir, dist, stop, meeting.attempt, place.job_id)
     if outcome == "finished":
-        if place.rank == 0:
-            _report(run_dir)
-        distributed.barrier(dist)  # srun --wait ends a job a minute after its first rank left
+        with distributed.watching(dist):
+            if place.rank == 0:
+                _report(run_dir)
+            distributed.barrier(dist)  # srun --wait ends a job a minute after its first rank left
         distributed.shutdown()
     return outcome
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from spd_core.config import RunConfig
+from spd_core.parts import check_parts
 from spd_launch.errors import LaunchError, nearest
 
 # The modules of a target, known without building it.
@@ -27,8 +28,12 @@ def validate(values: dict[str, Any]) -> RunConfig:
         for details in error.errors(include_url=False):
             path = _path(details, values)
             lines.setdefault(".".join(path), _line(details, path))
-        raise LaunchError("\n       ".join(lines.values())) from None
+        raise LaunchError("\n       ".join(dict.fromkeys(lines.values()))) from None
     _check_modules(config)
+    try:
+        check_parts(config)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
     cluster = config.cluster
     if cluster.kind == "slurm" and cluster.signal_delay_s >= 60 * cluster.time_min:
         raise LaunchError(
@@ -45,6 +50,15 @@ def _line(details: ErrorDetails, path: list[str]) -> str:
         where = f"in {parent}" if parent else "at the top level"
         return (
             f"{name}={given}: no field {path[-1]!r} {where}{nearest(path[-1], _names(path[:-1]))}"
+        )
+    parent = ".".join(path[:-1])
+    group = ".".join(path[:-2])
+    named = group in ("losses", "eval.metrics") and path[-2] not in _names(path[:-2])
+    if named and details["type"] == "missing" and "path" not in given:
+        kind = "loss" if path[0] == "losses" else "metric"
+        return (
+            f"{parent}: no {kind} is named {path[-2]!r}{nearest(path[-2], _names(path[:-2]))}; "
+            f"one of your own is {parent}={{path: my_package.my_{kind}, ...}}"
         )
     if details["type"] == "missing" or given == "???":
         return f"{name}: needs a value, {name}=..."
@@ -107,6 +121,11 @@ def _check_modules(config: RunConfig) -> None:
                 f"{config.target.kind} target{nearest(pattern, known)}"
             )
     decomposed = [module for modules in matches.values() for module in modules]
+    decomposed += [
+        f"{module}.pre_identity"
+        for module in known
+        if any(fnmatchcase(module, p) for p in config.decompose.identity_modules)
+    ]
     for module in decomposed:
         if decomposed.count(module) > 1:
             patterns = " and ".join(p for p, modules in matches.items() if module in modules)

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,9 +19,13 @@ def distance(
     """Squared error per output element, or KL(target || pred) per position in nats."""
     match kind:
         case "mse":
-            return (pred - target).square().sum(), target.numel()
+            return (_full(pred) - _full(target)).square().sum(), target.numel()
         case "kl":
-            kl = F.kl_div(
-                pred.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True
-            )
+            log_pred, log_target = _full(pred).log_softmax(-1), _full(target).log_softmax(-1)
+            kl = F.kl_div(log_pred, log_target, reduction="sum", log_target=True)
             return kl, target[..., 0].numel()
+
+
+def _full(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """At least float32: sums over a batch need the precision also under autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

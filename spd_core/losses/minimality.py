@@ -6,30 +6,54 @@ from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
 from spd_core.distributed import Dist, all_sum_with_grad
+from spd_core.losses.batch import Batches
 from spd_core.losses.distance import LossParts
 
 EPS = 1e-12
 
 
 def importance_minimality(
-    ci: dict[str, CausalImportance], p: float, beta: float, dist: Dist
+    power_sums: Float[Tensor, "C_total_and_n"], beta: float, dist: Dist
 ) -> LossParts:
-    """Sum over modules and c of s_c + beta s_c log2(1 + n s_c).
+    """Sum over modules and c of s_c + beta s_c log2(1 + n s_c), from this rank's `power_sums`.
 
     s_c is the mean over all n positions of all ranks of (upper_leaky + eps)^p. The sum is whole on
     every rank and its count is 1, so that sum over ranks / count over ranks is the loss.
     """
-    n_local = next(iter(ci.values())).upper[..., 0].numel()
-    sums: Float[Tensor, "C_total"] = torch.cat(
-        [_power_sum(module_ci.upper, p) for module_ci in ci.values()]
-    )
-    # Ranks may hold unequal counts, so positions are summed along with the powers.
-    counted = all_sum_with_grad(torch.cat([sums, sums.new_tensor([float(n_local)])]), dist)
+    counted = all_sum_with_grad(power_sums, dist)
     n = counted[-1].detach()
     s = counted[:-1] / n
     return (s + beta * s * torch.log2(1 + n * s)).sum() if beta else s.sum(), 1
 
 
-def _power_sum(upper: Float[Tensor, "... C"], p: float) -> Float[Tensor, "C"]:
-    shifted = upper + EPS
-    return (shifted if p == 1 else shifted**p).flatten(0, -2).sum(0)
+def power_sums(ci: dict[str, CausalImportance], p: float) -> Float[Tensor, "C_total_and_n"]:
+    """Sums over positions of (upper_leaky + eps)^p, then the number of positions.
+
+    The number goes along because ranks may hold unequal counts. A module that runs at fewer
+    positions than the first (position embeddings run once per batch) counts as if at all.
+    """
+    n = next(iter(ci.values())).upper[..., 0].numel()
+    sums = []
+    for module_ci in ci.values():
+        shifted = module_ci.upper + EPS
+        powers = (shifted if p == 1 else shifted**p).flatten(0, -2)
+        sums.append(powers.sum(0) * (n / len(powers)))
+    return torch.cat([*sums, sums[0].new_tensor([float(n)])])
+
+
+@torch.no_grad()
+def total_power_sums(batches: Batches, p: float) -> Float[Tensor, "C_total_and_n"]:
+    """`power_sums` of all microbatches of this rank."""
+    return torch.stack([power_sums(batch.ci, p) for batch in batches()]).sum(0)
+
+
+def with_gradient_of_part(
+    total: Float[Tensor, "C_total_and_n"],
+    part: Float[Tensor, "C_total_and_n"],
+    n_microbatches: int,
+) -> Float[Tensor, "C_total_and_n"]:
+    """The total's value with one microbatch's gradient.
+
+    The gradient is scaled because the loss, whole in every microbatch, is averaged over them.
+    """
+    return total + n_microbatches * (part - part.detach())

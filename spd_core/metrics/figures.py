@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from spd_core.components import LinearComponents
-from spd_core.metrics.ci import RANGES, CiStatistic
+from spd_core.metrics.ci import RANGES
 from spd_core.metrics.solutions import permute_to_identity
 
 COLOR = "#3b6ea5"
@@ -20,12 +20,11 @@ COLOR = "#3b6ea5"
 
 def permuted_ci(ci: dict[str, Float[Tensor, "n_features C"]]) -> Figure:
     """Causal importances of single features, columns ordered towards the identity."""
-    figure, axes = plt.subplots(
-        1, len(ci), figsize=(5.5 * len(ci), 2.6), squeeze=False, layout="constrained"
-    )
-    for ax, (name, values) in zip(axes[0], ci.items(), strict=True):
+    figure, axes = _grid(len(ci), width=5.5, height=2.6)
+    for ax, (name, values) in zip(axes, ci.items(), strict=True):
         _heatmap(ax, permute_to_identity(values), 0, 1, "Blues", "causal importance")
-        ax.set(title=name, xlabel="subcomponent (reordered)", ylabel="active feature")
+        ax.set(xlabel="subcomponent (reordered)", ylabel="active feature")
+        _title(ax, name)
     return figure
 
 
@@ -38,7 +37,7 @@ def uv(components: dict[str, LinearComponents], order: dict[str, list[int]]) -> 
         V = module.V.detach()[:, order[name]]
         U = module.U.detach()[order[name]]
         panels = {
-            f"{name}: V (d_in x C)": V,
+            "V (d_in x C)": V,
             "U (C x d_out)": U,
             "sum of subcomponents (VU)^T": (V @ U).T,
             "target weight W": module.weight,
@@ -46,7 +45,7 @@ def uv(components: dict[str, LinearComponents], order: dict[str, list[int]]) -> 
         for ax, (title, matrix) in zip(row, panels.items(), strict=True):
             limit = max(matrix.abs().max().item(), 1e-6)
             _heatmap(ax, matrix, -limit, limit, "RdBu_r", "")
-            ax.set_title(title, fontsize=10)
+            _title(ax, name, title)
     return figure
 
 
@@ -54,7 +53,7 @@ def _heatmap(
     ax: Axes, matrix: Float[Tensor, "rows columns"], low: float, high: float, cmap: str, label: str
 ) -> None:
     image = ax.imshow(
-        matrix.cpu().numpy(),
+        matrix.float().cpu().numpy(),  # numpy has no bfloat16, which autocast may give
         vmin=low,
         vmax=high,
         cmap=cmap,
@@ -66,35 +65,47 @@ def _heatmap(
     ax.figure.colorbar(image, ax=ax, label=label)
 
 
-def ci_histograms(statistics: dict[str, CiStatistic]) -> Figure:
+def ci_histograms(counts: dict[str, Float[Tensor, "3 n_bins"]]) -> Figure:
     """Distributions of lower, upper and pre-sigmoid values over positions and subcomponents."""
     figure, axes = plt.subplots(
-        len(statistics), 3, figsize=(11, 2.6 * len(statistics)), squeeze=False, layout="constrained"
+        len(counts), 3, figsize=(11, 2.6 * len(counts)), squeeze=False, layout="constrained"
     )
-    for row, (name, statistic) in zip(axes, statistics.items(), strict=True):
-        for ax, (kind, counts) in zip(row, statistic.histograms.items(), strict=True):
-            low, high = RANGES[kind]
-            edges = np.linspace(low, high, len(counts) + 1)
-            ax.bar(
-                edges[:-1],
-                counts.cpu().numpy(),
-                width=edges[1] - edges[0],
-                align="edge",
-                color=COLOR,
-            )
-            ax.set(yscale="log", title=f"{name}: {kind}", ylabel="count", xlim=(low, high))
+    for row, (name, histograms) in zip(axes, counts.items(), strict=True):
+        for ax, (kind, (low, high)), heights in zip(row, RANGES.items(), histograms, strict=True):
+            edges = np.linspace(low, high, len(heights) + 1)
+            ax.stairs(heights.cpu().numpy(), edges, fill=True, color=COLOR)
+            ax.set(yscale="log", ylabel="count", xlim=(low, high))
+            _title(ax, name, kind)
     return figure
 
 
-def per_component(values: dict[str, Float[Tensor, "C"]], ylabel: str) -> Figure:
-    """One value per subcomponent, sorted, on a logarithmic axis."""
+def per_component(sums: dict[str, Float[Tensor, "C_plus_1"]], ylabel: str) -> Figure:
+    """Means over positions of every subcomponent, sorted, on a logarithmic axis.
+
+    The last entry of `sums` is the number of positions.
+    """
+    figure, axes = _grid(len(sums), width=5.5, height=2.8)
+    for ax, (name, module_sums) in zip(axes, sums.items(), strict=True):
+        means = (module_sums[:-1] / module_sums[-1]).sort(descending=True).values.cpu().numpy()
+        ax.stairs(means, np.arange(len(means) + 1) - 0.5, fill=True, color=COLOR)
+        ax.set(yscale="log", ylim=(1e-6, 1), xlabel="subcomponent (sorted)", ylabel=ylabel)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _title(ax, name)
+    return figure
+
+
+def _title(ax: Axes, name: str, panel: str = "") -> None:
+    """The module and what is shown of it; long module paths shrink to fit their panel."""
+    ax.set_title(f"{name}\n{panel}".strip(), fontsize=min(10, 320 / len(name)))
+
+
+def _grid(n: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """n axes in rows of up to four, sizes in inches."""
+    columns = min(n, 4)
+    rows = -(-n // columns)
     figure, axes = plt.subplots(
-        1, len(values), figsize=(5.5 * len(values), 2.8), squeeze=False, layout="constrained"
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
     )
-    for ax, (name, module_values) in zip(axes[0], values.items(), strict=True):
-        ordered = module_values.sort(descending=True).values.cpu().numpy()
-        ax.bar(range(len(ordered)), np.maximum(ordered, 1e-6), color=COLOR)
-        ax.set(
-            yscale="log", ylim=(1e-6, 1), title=name, xlabel="subcomponent (sorted)", ylabel=ylabel
-        )
-    return figure
+    for ax in axes.flat[n:]:
+        ax.set_visible(False)
+    return figure, list(axes.flat[:n])

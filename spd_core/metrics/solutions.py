@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spd_core.component_model import ComponentModel
 from spd_core.components import LinearComponents
-from spd_core.config import DensePattern, IdentityPattern, SolutionPattern
+from spd_core.config.metrics import DensePattern, IdentityPattern, SolutionPattern
 
 FEATURE_VALUE = 0.75
 NEGLIGIBLE = 0.01

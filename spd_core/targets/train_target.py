@@ -26,14 +26,29 @@ def load_or_train_target(config: RunConfig, store: Path, console: Console) -> tu
     Raises:
         ValueError: no seed gave a target that represents every feature.
     """
-    digest = config_digest(config.target)[:8] + config_digest(config.data)[:8]
-    folder = store / digest
+    folder = target_folder(config, store)
     store.mkdir(parents=True, exist_ok=True)
     # Several tasks may ask for the same target at once: one trains it, the others wait here.
-    with open(store / f"{digest}.lock", "w") as lock:
+    with open(store / f"{folder.name}.lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         if not folder.exists():
             _train_into(config, folder, console)
+    return load_target(config, store)
+
+
+def target_folder(config: RunConfig, store: Path) -> Path:
+    return store / (config_digest(config.target)[:8] + config_digest(config.data)[:8])
+
+
+def load_target(config: RunConfig, store: Path) -> tuple[TMS, int]:
+    """A trained target and its seed.
+
+    Raises:
+        ValueError: the store has none of this config.
+    """
+    folder = target_folder(config, store)
+    if not folder.is_dir():
+        raise ValueError(f"no target at {folder}: it was moved, or never trained")
     model = TMS(config.target, stream(0, "placeholder", device=torch.device("cpu")))
     model.load_state_dict(load_file(folder / "target.safetensors"))
     return model, json.loads((folder / "target.json").read_text())["seed"]

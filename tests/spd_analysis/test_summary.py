@@ -1,6 +1,6 @@
 import pytest
 
-from spd_analysis.summary import final_metrics, format_value, metric_table, print_summary
+from spd_analysis.summary import final_metrics, format_value, metric_tables, print_summary
 from spd_core.run_dir import append_metrics
 
 
@@ -12,7 +12,7 @@ def run_dir(make_run_dir):
 
 
 def test_without_an_evaluation_the_error_says_so(run_dir):
-    for function in (final_metrics, metric_table, print_summary):
+    for function in (final_metrics, metric_tables, print_summary):
         with pytest.raises(ValueError, match="no evaluation"):
             function(run_dir)
 
@@ -20,15 +20,18 @@ def test_without_an_evaluation_the_error_says_so(run_dir):
 def test_the_last_value_of_every_metric_counts(run_dir):
     append_metrics(run_dir, {"step": 1, "eval/mmcs/linear1": 0.2, "eval/loss/x": 3.0})
     append_metrics(run_dir, {"step": 2, "eval/mmcs/linear1": 0.9, "eval/mmcs/linear2": 0.5})
-    modules, per_module, losses = metric_table(run_dir)
-    assert modules == ["linear1", "linear2"]
-    assert per_module == {"mmcs": {"linear1": 0.9, "linear2": 0.5}}
-    assert losses == {"x": 3.0}
+    append_metrics(run_dir, {"step": 2, "eval/pgd_recon": 0.5, "eval/ce_and_kl/kl/unmasked": 0.25})
+    assert metric_tables(run_dir) == {
+        "module": {"linear1": {"mmcs": 0.9}, "linear2": {"mmcs": 0.5}},
+        "loss": {"x": {"value": 3.0}, "pgd_recon": {"value": 0.5}},
+        "ce_and_kl": {"unmasked": {"kl": 0.25}},
+    }
     assert final_metrics(run_dir)["loss/total"] == 2.0
 
 
 @pytest.mark.parametrize("metric, value, text", [
     ("identity_ci_error", 3.0, "3"), ("mmcs", 0.123456, "0.1235"), ("ci_l0_0.1", 2.0, "2"),
+    ("value", 0.00123456, "1.235e-03"),
 ])  # fmt: skip
 def test_format(metric, value, text):
     assert format_value(metric, value) == text

@@ -52,7 +52,7 @@ def damage(run_dir, step, how):
 
 def test_round_trip_is_exact(trained, run_dir):
     model, optimizer = trained(0)
-    save_checkpoint(run_dir, 7, model, optimizer, keep=2)
+    save_checkpoint(run_dir, 7, model, optimizer, {}, keep=2)
     folder, step, damaged = newest_valid_checkpoint(run_dir)
     assert (step, damaged) == (7, {})
     other, other_optimizer = trained(1)
@@ -69,7 +69,7 @@ def test_round_trip_is_exact(trained, run_dir):
 
 def test_load_model_alone(trained, run_dir):
     model, optimizer = trained(0)
-    save_checkpoint(run_dir, 7, model, optimizer, keep=2)
+    save_checkpoint(run_dir, 7, model, optimizer, {}, keep=2)
     other, _ = trained(1)
     load_model(newest_valid_checkpoint(run_dir)[0], other)
     assert torch.equal(model.components["linear1"].V, other.components["linear1"].V)
@@ -77,14 +77,14 @@ def test_load_model_alone(trained, run_dir):
 
 def test_keep(trained, run_dir):
     for step in (2, 10, 4, 8):
-        save_checkpoint(run_dir, step, *trained(0), keep=3)
+        save_checkpoint(run_dir, step, *trained(0), {}, keep=3)
     assert checkpoint_steps(run_dir) == [4, 8, 10]
 
 
 @pytest.mark.parametrize("how", ["flipped bit", "cut short", "no meta", "half a meta"])
 def test_a_damaged_newest_falls_back(how, trained, run_dir):
     for step in (2, 4):
-        save_checkpoint(run_dir, step, *trained(0), keep=2)
+        save_checkpoint(run_dir, step, *trained(0), {}, keep=2)
     damage(run_dir, 4, how)
     folder, step, damaged = newest_valid_checkpoint(run_dir)
     assert (folder.name, step) == ("step_2", 2) and [f.name for f in damaged] == ["step_4"]
@@ -95,19 +95,19 @@ def test_a_damaged_newest_falls_back(how, trained, run_dir):
 
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(trained, run_dir):
     for step in (2, 4):
-        save_checkpoint(run_dir, step, *trained(0), keep=2)
+        save_checkpoint(run_dir, step, *trained(0), {}, keep=2)
     damage(run_dir, 4, "flipped bit")
-    save_checkpoint(run_dir, 4, *trained(0), keep=2)
+    save_checkpoint(run_dir, 4, *trained(0), {}, keep=2)
     assert newest_valid_checkpoint(run_dir)[1:] == (4, {})
 
 
 def test_what_is_set_aside_is_not_kept_in_place_of_a_valid_one(trained, run_dir):
     for step in (2, 4):
-        save_checkpoint(run_dir, step, *trained(0), keep=2)
+        save_checkpoint(run_dir, step, *trained(0), {}, keep=2)
     damage(run_dir, 4, "flipped bit")
     for folder in newest_valid_checkpoint(run_dir)[2]:
         set_aside(folder)
-    save_checkpoint(run_dir, 3, *trained(0), keep=2)
+    save_checkpoint(run_dir, 3, *trained(0), {}, keep=2)
     assert checkpoint_steps(run_dir) == [2, 3]
     assert newest_valid_checkpoint(run_dir)[1:] == (3, {})
 
@@ -117,7 +117,7 @@ def test_leftover_temporary_folders_are_removed_and_never_loaded(trained, run_di
     leftover.mkdir(parents=True)
     (leftover / "state.safetensors").write_bytes(b"half")
     assert checkpoint_steps(run_dir) == []
-    save_checkpoint(run_dir, 2, *trained(0), keep=2)
+    save_checkpoint(run_dir, 2, *trained(0), {}, keep=2)
     assert [f.name for f in run_dir.checkpoints.iterdir()] == ["step_2"]
     assert newest_valid_checkpoint(run_dir)[1] == 2
 
@@ -125,12 +125,12 @@ def test_leftover_temporary_folders_are_removed_and_never_loaded(trained, run_di
 def test_a_failure_while_saving_leaves_no_checkpoint(trained, run_dir, monkeypatch):
     monkeypatch.setattr("os.rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(run_dir, 2, *trained(0), keep=2)
+        save_checkpoint(run_dir, 2, *trained(0), {}, keep=2)
     assert checkpoint_steps(run_dir) == []
 
 
 def test_meta_names_the_step_and_folders_are_readable(trained, run_dir):
-    save_checkpoint(run_dir, 2, *trained(0), keep=2)
+    save_checkpoint(run_dir, 2, *trained(0), {}, keep=2)
     folder = run_dir.checkpoints / "step_2"
     assert json.loads((folder / "meta.json").read_text())["step"] == 2
     assert folder.stat().st_mode & 0o777 == 0o755

@@ -1,31 +1,38 @@
-"""Two and four real processes over gloo must compute what one computes."""
+"""Two, three and four real processes over gloo must compute what one computes."""
 
 import multiprocessing
 import socket
+import time
 from pathlib import Path
+from queue import Empty
 
 import pytest
 import torch
+from test_step import EVERY_LOSS, LIVELY, ON, OTHER_SCOPES
 
 from spd_core import distributed
+from spd_core.batches import make_batch
 from spd_core.checkpoint import newest_valid_checkpoint
 from spd_core.component_model import ComponentModel
 from spd_core.distributed import Dist
-from spd_core.evaluate import evaluate
-from spd_core.randomness import stream
+from spd_core.evaluate import due_metrics, evaluate
+from spd_core.losses import prepare_step
+from spd_core.randomness import StepRandomness, stream
 from spd_core.run_dir import RunDir, read_metrics, read_status
+from spd_core.step import accumulate_gradients, optimisation_step
 from spd_core.targets.tms import TMS
-from spd_core.train import build_optimizer, optimisation_step, train
+from spd_core.train import build_optimizer, train
 
 CPU = torch.device("cpu")
-EVERY_LOSS = (
-    "+losses.faithfulness.coeff=0.7",
-    "+losses.unmasked_recon.coeff=0.3",
-    "+losses.ci_masked_recon_layerwise.coeff=0.2",
-    "+losses.stochastic_recon_subset={coeff:0.5,routing:{kind:uniform_k_subset}}",
-    "+losses.ci_masked_recon_subset={coeff:0.5,routing:{kind:static_probability,p:0.4}}",
-    "losses.importance_minimality={coeff:0.1,p:0.7,beta:0.5}",
-)
+# Two, three and four divide the training batch; none of them the other two.
+SIZES = ("train.batch_size=48", "eval.batch_size=35")
+MULTIBATCH = "when:fast,init:random,step_size:0.2,n_steps:2,n_batches:2,routing:all"
+CONFIGS = {
+    "whole": (),
+    "microbatches": ("train.microbatch_size=4", *OTHER_SCOPES),
+    "binomial": ("decompose.sampling=binomial", "decompose.delta_component=false"),
+    "kl": ("decompose.distance=kl", "decompose.ci_fn.kind=shared_mlp"),
+}
 
 
 def free_port():
@@ -34,16 +41,48 @@ def free_port():
         return s.getsockname()[1]
 
 
+class Uneven(StepRandomness):
+    """Rank 0 holds one example, and the last rank most of them."""
+
+    @property
+    def examples(self):
+        last = self.part == self.n_parts - 1
+        return range(self.part, self.batch_size if last else self.part + 1)
+
+
+def fresh_model(config):
+    target = TMS(config.target, stream(1, "test", device=CPU))
+    return ComponentModel(target, config.decompose, config.seed)
+
+
+def gradients_of(model):
+    return {n: p.grad for n, p in model.trained_parameters().items()}
+
+
 def one_step(config, dist):
     """Losses, gradients and metrics of one step, from the same weights in every process."""
-    target = TMS(config.target, stream(1, "test", device=CPU))
-    model = ComponentModel(target, config.decompose, config.seed)
-    step = optimisation_step(config, model, build_optimizer(config, model), dist, 2)
-    losses, total, norms = step
-    gradients = {n: p.grad for n, p in model.trained_parameters().items()}
-    metrics = evaluate(config, model, 2, "slow", dist, Path("unused"))
-    values = {"losses": losses, "total": total, "norms": norms, "gradients": gradients}
-    return values | {"metrics": {k: torch.tensor(float(v)) for k, v in metrics.items()}}
+    model = fresh_model(config)
+    optimizer = build_optimizer(config, model)
+    step = optimisation_step(config, model, optimizer, dist, 2, lambda _ci: None)
+    values = {"losses": step.losses, "total": step.total, "norms": step.grad_norms}
+    values["gradients"] = gradients_of(model)
+    due = due_metrics(config, config.train.steps)
+    metrics = evaluate(config, fresh_model(config), 2, due, None, 1.0, dist, Path("unused"))
+    return values | {
+        "metrics": {k: torch.tensor(v) for k, v in metrics.items() if "cost" not in k},
+        "uneven": uneven_step(config, dist),
+    }
+
+
+def uneven_step(config, dist):
+    """Losses, gradients and shared sources where ranks hold unequal numbers of examples."""
+    model = fresh_model(config)
+    randomness = Uneven(config.seed, 2, dist.rank, dist.world_size, 12, CPU)
+    batch = make_batch(config, model, randomness, "test")
+    losses, _ = accumulate_gradients(config, model, lambda: [batch], 1, 2, dist, lambda _ci: None)
+    distributed.sum_gradients(model.trained_parameters().values(), dist)
+    sources = prepare_step(config.losses.configured(), model, lambda: [batch], 1, 0.0, dist).sources
+    return {"losses": losses, "gradients": gradients_of(model), "sources": sources}
 
 
 def stopping_run(config, dist, folder):
@@ -59,39 +98,52 @@ def stopping_run(config, dist, folder):
     )
 
 
-def rank_main(rank, world, port, configs, folder, queue):
+def rank_main(rank, world, port, configs, run_config, folder, queue):
     torch.set_num_threads(1)
     dist = distributed.init(rank, world, rank, "127.0.0.1", port, "cpu")
-    steps = [one_step(config, dist) for config in configs]
+    steps = {name: one_step(config, dist) for name, config in configs.items()}
     flags = [distributed.any_rank(flag, dist) for flag in (rank == world - 1, False)]
     summed = distributed.all_sum(torch.tensor([rank + 1.0]), dist).item()
-    outcome = stopping_run(configs[0], dist, folder)
+    outcome = stopping_run(run_config, dist, folder)
     distributed.barrier(dist)
     distributed.shutdown()
-    queue.put((rank, [tuple_free(s) for s in steps], flags, summed, outcome))
+    queue.put((rank, as_lists(steps), flags, summed, outcome))
 
 
-def tuple_free(tree):
+def as_lists(tree):
     """Tensors as lists, which cross processes without shared memory."""
     if isinstance(tree, dict):
-        return {key: tuple_free(value) for key, value in tree.items()}
+        return {key: as_lists(value) for key, value in tree.items()}
     return tree.detach().tolist()
 
 
-def run_ranks(world, configs, folder):
+def run_ranks(world, configs, run_config, folder):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "spd_core.train"])
     queue, port = context.Queue(), free_port()
-    arguments = (world, port, configs, folder, queue)
+    arguments = (world, port, configs, run_config, folder, queue)
     ranks = [context.Process(target=rank_main, args=(r, *arguments)) for r in range(world)]
     for process in ranks:
         process.start()
     try:
-        return [answer[1:] for answer in sorted(queue.get(timeout=90) for _ in ranks)]
+        return [answer[1:] for answer in sorted(gathered(queue, ranks))]
     finally:
         for process in ranks:
             process.join(timeout=10)
             process.kill()
+
+
+def gathered(queue, ranks):
+    """One answer of each rank; fails at once where a rank does."""
+    answers, deadline = [], time.monotonic() + 90
+    while len(answers) < len(ranks) and time.monotonic() < deadline:
+        try:
+            answers.append(queue.get(timeout=0.5))
+        except Empty:
+            failed = [i for i, process in enumerate(ranks) if process.exitcode]
+            assert not failed, f"ranks {failed} failed; their errors are in stderr"
+    assert len(answers) == len(ranks), "no answer after 90 s"
+    return answers
 
 
 def close(tree, wanted, path=""):
@@ -104,28 +156,32 @@ def close(tree, wanted, path=""):
         torch.testing.assert_close(got, wanted.detach(), atol=1e-5, rtol=1e-5, msg=path)
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_ranks_compute_what_one_process_computes(world, make_config, make_run_dir, one_process):
-    anneal = ",p_anneal_start_frac:0.0,p_anneal_end_frac:1.0,p_anneal_final_p:0.5}"
-    overrides = [o[:-1] + anneal if "minimality" in o else o for o in EVERY_LOSS]
-    overrides += ["decompose.ci_fn.kind=shared_mlp", "target.init_bias_to_zero=false"]
-    configs = [
-        make_config(*overrides, f"decompose.sampling={sampling}", f"dp={world}")
-        for sampling in ("continuous", "binomial")
-    ]
-    run_dir = make_run_dir("ranks")
-    answers = run_ranks(world, configs, run_dir.path)
+    shared = (*ON, *LIVELY, *SIZES, "target.init_bias_to_zero=false", f"dp={world}")
+    shared += (f"+eval.metrics.pgd_multibatch_recon={{{MULTIBATCH}}}",)
+    configs = {name: make_config(*shared, *own) for name, own in CONFIGS.items()}
+    run_config, run_dir = make_config(*ON, *SIZES, f"dp={world}"), make_run_dir("ranks")
+    answers = run_ranks(world, configs, run_config, run_dir.path)
+    wanted = {}
+    for name, config in configs.items():
+        train_config = config.train.model_copy(update={"microbatch_size": None})
+        undivided = config.model_copy(update={"train": train_config})
+        wanted[name] = one_step(undivided, one_process)
+        assert {*wanted[name]["losses"]} == {*EVERY_LOSS}
     for steps, flags, summed, outcome in answers:
         assert (flags, summed, outcome) == ([True, False], world * (world + 1) / 2, "stopped")
-        for config, step in zip(configs, steps, strict=True):
-            close(step, one_step(config, one_process))
+        close(steps, wanted)
+        for name, step in steps.items():
+            assert step["uneven"]["sources"] == answers[0][0][name]["uneven"]["sources"]
     # A run that several ranks began is continued by one, and is the run of one process.
     assert read_status(run_dir).step == 3 == newest_valid_checkpoint(run_dir)[1]
-    train(configs[0], run_dir, one_process, lambda: False, 2, None)
+    train(run_config, run_dir, one_process, lambda: False, 2, None)
     alone = make_run_dir("alone")
-    train(configs[0], alone, one_process, lambda: False, 1, None)
+    train(run_config, alone, one_process, lambda: False, 1, None)
     for got, wanted in zip(read_metrics(run_dir), read_metrics(alone), strict=True):
-        for key in wanted.keys() - {"time", "examples_per_s", "eval/seconds"}:
+        timed = {k for k in wanted if k in ("time", "examples_per_s") or "cost" in k}
+        for key in wanted.keys() - timed:
             assert got[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), key
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from spd_core.ci_fns import CausalImportance
-from spd_core.masks import interpolate, stochastic_masks
+from spd_core.masks import interpolate, masks_from_sources, stochastic_masks
 from spd_core.randomness import StepRandomness
 
 UNIT = st.floats(0, 1, width=32)
@@ -19,9 +19,10 @@ def test_formula(ci, r):
     assert min(ci, r) - 1e-6 <= m <= 1 + 1e-6
 
 
-def draw(lower, sampling="continuous", delta=True, names=("a",)):
+def draw(lower, sampling="continuous", delta=True, names=("a",), rank=0, world=1):
     ci = {n: CausalImportance(lower, lower, lower) for n in names}
-    stream = StepRandomness(0, 0, 0, 1, len(lower), torch.device("cpu")).batch_stream("masks")
+    batch = world * len(lower)
+    stream = StepRandomness(0, 0, rank, world, batch, torch.device("cpu")).batch_stream("masks")
     return stochastic_masks(ci, sampling, delta, dict.fromkeys(names), stream)
 
 
@@ -45,6 +46,40 @@ def test_binomial_sources_are_zero_or_one_but_the_delta_is_uniform():
 
 def test_importance_one_is_never_masked():
     assert (draw(torch.ones(64, 3))["a"].mask == 1).all()
+
+
+@pytest.mark.parametrize("sampling", ["continuous", "binomial"])
+def test_ranks_draw_different_masks_that_are_together_those_of_one_process(sampling):
+    lower = torch.zeros(6, 3, 4)
+    ranks = [draw(lower, sampling, rank=r, world=3)["a"] for r in range(3)]
+    whole = draw(torch.zeros(18, 3, 4), sampling)["a"]
+    for kind in ("mask", "delta_mask"):
+        parts = [getattr(info, kind) for info in ranks]
+        assert not torch.equal(parts[0], parts[1]) and not torch.equal(parts[1], parts[2])
+        assert torch.equal(torch.cat(parts), getattr(whole, kind))
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_given_sources_are_shared_or_one_per_datapoint(delta):
+    """The last of C + 1 sources is the delta's mask, as it is."""
+    lower = torch.rand(2, 3, 4)
+    ci = {"a": CausalImportance(lower, lower, lower)}
+    for leading in ((2, 3), (1, 1)):
+        source = torch.rand(*leading, 4 + delta)
+        info = masks_from_sources(ci, {"a": source}, {"a": None})["a"]
+        wanted = lower.numpy() + (1 - lower.numpy()) * source[..., :4].numpy()
+        np.testing.assert_allclose(info.mask.numpy(), wanted, rtol=1e-6)
+        assert (info.delta_mask is None) != delta
+        if delta:
+            assert torch.equal(info.delta_mask, source[..., 4])
+
+
+def test_only_routed_modules_are_masked():
+    lower, route = torch.rand(2, 3), torch.tensor([True, False])
+    ci = {n: CausalImportance(lower, lower, lower) for n in ("a", "b")}
+    sources = {n: torch.rand(2, 4) for n in ci}
+    masks = masks_from_sources(ci, sources, {"b": route})
+    assert list(masks) == ["b"] and torch.equal(masks["b"].route, route)
 
 
 def test_modules_draw_different_numbers_and_delta_can_be_off():

@@ -16,21 +16,44 @@ def draws(world, batch=32, seed=0, step=0, purpose="x"):
         parts.append(
             torch.cat([s.uniform(3), s.integers(0, 100, 2).float(), s.uniform()[:, None]], 1)
         )
-    assert all(len(part) == batch // world for part in parts)
+    assert {len(part) for part in parts} <= {batch // world, -(-batch // world)}
     return torch.cat(parts)
 
 
-@given(st.sampled_from([2, 4, 8, 16]), st.sampled_from([1, 3, 4]), st.integers(0, 9))
-def test_numbers_do_not_depend_on_the_number_of_ranks(world, per_rank, step):
-    batch = world * per_rank
+@given(st.integers(1, 70), st.integers(0, 9), st.data())
+def test_numbers_depend_on_the_place_in_the_batch_alone(batch, step, data):
+    """Whatever the number of ranks or microbatches, and wherever they cut the shards."""
+    world = data.draw(st.integers(1, batch))
     assert torch.equal(draws(world, batch, step=step), draws(1, batch, step=step))
 
 
-@pytest.mark.parametrize("world, batch", [(3, 96), (6, 12), (32, 64)])
+@pytest.mark.parametrize("world, batch", [(3, 10), (5, 7), (3, 96), (6, 12), (32, 64), (1, 1)])
 def test_ranks_never_share_numbers_whatever_their_number(world, batch):
     rows = draws(world, batch)
     assert len(rows) == batch and len(rows[:, 0].unique()) == batch
-    assert torch.equal(rows, draws(world, batch))
+    assert torch.equal(rows, draws(1, batch))
+
+
+@given(st.integers(1, 40), st.data())
+def test_ranks_cut_the_batch_without_gap_or_overlap(batch, data):
+    world = data.draw(st.integers(1, batch))
+    parts = [StepRandomness(0, 0, rank, world, batch, CPU).examples for rank in range(world)]
+    assert [place for part in parts for place in part] == list(range(batch))
+
+
+def test_positions_have_their_own_numbers():
+    values = StepRandomness(0, 0, 1, 3, 10, CPU).batch_stream("x").uniform(4, 5)
+    assert values.shape == (3, 4, 5) and len(values.unique()) == values.numel()
+
+
+def test_the_shared_stream_is_the_same_on_every_rank():
+    first, *others = (
+        torch.rand(4, generator=StepRandomness(0, 2, rank, 3, 10, CPU).shared_stream("x"))
+        for rank in range(3)
+    )
+    assert all(torch.equal(first, other) for other in others)
+    own = StepRandomness(0, 2, 0, 3, 10, CPU).batch_stream("x").uniform(4)
+    assert not torch.isin(first, own).any()
 
 
 def test_every_address_has_its_own_numbers():

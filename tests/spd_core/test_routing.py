@@ -11,8 +11,8 @@ from spd_core.routing import route_all, route_static_probability, route_uniform_
 NAMES = ["a", "b", "c"]
 
 
-def stream(batch):
-    return StepRandomness(3, 0, 0, 1, batch, torch.device("cpu")).batch_stream("route")
+def stream(batch, rank=0, world=1):
+    return StepRandomness(3, 0, rank, world, batch, torch.device("cpu")).batch_stream("route")
 
 
 def chosen(shape, batch):
@@ -41,10 +41,11 @@ def test_one_module_is_always_chosen():
     assert route_uniform_k_subset(["a"], (), stream(64))["a"].all()
 
 
-def test_static_probability():
-    routes = route_static_probability(NAMES, 0.3, (10,), stream(320))
+@pytest.mark.parametrize("shape, batch", [((), 3200), ((10,), 320)])
+def test_static_probability(shape, batch):
+    routes = route_static_probability(NAMES, 0.3, shape, stream(batch))
     for route in routes.values():
-        assert route.shape == (320, 10)
+        assert route.shape == (batch, *shape)
         assert binomtest(int(route.sum()), route.numel(), 0.3).pvalue > 0.001
     both = int((routes["a"] & routes["b"]).sum())
     assert binomtest(both, 3200, 0.09).pvalue > 0.001
@@ -58,3 +59,14 @@ def test_static_probability_ends(p):
 
 def test_route_all_is_everywhere():
     assert route_all(NAMES) == {"a": None, "b": None, "c": None}
+
+
+@pytest.mark.parametrize("draw", [
+    lambda s: route_uniform_k_subset(NAMES, (2,), s),
+    lambda s: route_static_probability(NAMES, 0.4, (2,), s),
+], ids=["uniform_k_subset", "static_probability"])  # fmt: skip
+def test_ranks_draw_different_routes_that_are_together_those_of_one_process(draw):
+    ranks = [torch.stack(list(draw(stream(40, r, 3)).values())) for r in range(3)]
+    assert [r.shape[1] for r in ranks] == [13, 13, 14]
+    assert not torch.equal(ranks[0], ranks[1])
+    assert torch.equal(torch.cat(ranks, 1), torch.stack(list(draw(stream(40)).values())))

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spd_core.config import ImportanceMinimalityConfig, ScheduleConfig
+from spd_core.config.base import ScheduleConfig
+from spd_core.config.losses import ImportanceMinimalityConfig
 from spd_core.schedule import annealed_p, coefficient, schedule_value
 
 VALUE = st.floats(1e-5, 10)
@@ -50,7 +51,6 @@ def test_coefficient_is_a_number_or_a_schedule():
 
 def minimality(start, end):
     return ImportanceMinimalityConfig(
-        coeff=1,
         p=2.0,
         beta=0,
         p_anneal_start_frac=start,
@@ -61,11 +61,11 @@ def minimality(start, end):
 
 @pytest.mark.parametrize("step, p", [(0, 2.0), (50, 2.0), (100, 1.2), (150, 0.4), (199, 0.4)])
 def test_p_anneals_between_two_positions(step, p):
-    assert annealed_p(minimality(0.25, 0.75), step, 200) == pytest.approx(p)
+    assert annealed_p(minimality(0.25, 0.75), step / 200) == pytest.approx(p)
 
 
 @given(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 def test_p_with_equal_start_and_end_is_a_jump(position):
     config = minimality(position, position)
-    values = [annealed_p(config, step, 8) for step in range(9)]
+    values = [annealed_p(config, step / 8) for step in range(9)]
     assert values == [2.0 if step < 8 * position else 0.4 for step in range(9)]

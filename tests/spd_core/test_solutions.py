@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spd_core.components import LinearComponents
-from spd_core.config import DensePattern, IdentityPattern
+from spd_core.config.metrics import DensePattern, IdentityPattern
 from spd_core.metrics.solutions import (
     identity_ci_error,
     mmcs_ml2r,

@@ -5,21 +5,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from spd_core.batches import make_batch
 from spd_core.checkpoint import checkpoint_steps, newest_valid_checkpoint
-from spd_core.evaluate import make_batch
+from spd_core.config.metrics import MetricsConfig
 from spd_core.losses.faithfulness import faithfulness
 from spd_core.randomness import StepRandomness
 from spd_core.run_dir import read_metrics, read_status, write_atomic
-from spd_core.train import (
-    build_model,
-    build_optimizer,
-    faithfulness_warm_up,
-    optimisation_step,
-    train,
-    weighted_losses,
-)
+from spd_core.step import accumulate_gradients, coefficients, optimisation_step
+from spd_core.train import build_model, build_optimizer, faithfulness_warm_up, train
 
-VOLATILE = {"time", "examples_per_s", "eval/seconds"}
+VOLATILE = ("time", "examples_per_s", "eval_cost/")
 
 
 def never():
@@ -56,7 +51,9 @@ def start(make_run_dir, one_process):
 
 
 def metrics(run_dir):
-    return [{k: v for k, v in r.items() if k not in VOLATILE} for r in read_metrics(run_dir)]
+    return [
+        {k: v for k, v in r.items() if not k.startswith(VOLATILE)} for r in read_metrics(run_dir)
+    ]
 
 
 def weights(run_dir):
@@ -70,9 +67,11 @@ def assert_same_run(run_dir, other):
 
 
 def assert_same_weights(run_dir, other):
+    """Of model and optimiser; what metrics gather while training may differ."""
     (step, tensors), (other_step, other_tensors) = weights(run_dir), weights(other)
-    assert step == other_step and tensors.keys() == other_tensors.keys()
-    assert all(torch.equal(tensors[k], other_tensors[k]) for k in tensors)
+    trained = {k for k in tensors if not k.startswith("extra:")}
+    assert step == other_step and trained == {k for k in other_tensors if k[:6] != "extra:"}
+    assert trained and all(torch.equal(tensors[k], other_tensors[k]) for k in trained)
 
 
 def test_a_run_from_start_to_end(start, make_config):
@@ -95,7 +94,7 @@ def test_the_total_is_the_weighted_sum_and_lr_follows_the_schedule(start, make_c
                  "stochastic_recon_layerwise": 1.0}  # fmt: skip
         total = sum(coeff * r[f"loss/{name}"] for name, coeff in parts.items())
         assert r["loss/total"] == pytest.approx(total, rel=1e-5)
-        assert r["lr"] == pytest.approx(1e-2 - 8e-3 * i / 5)
+        assert r["schedule/lr"] == pytest.approx(1e-2 - 8e-3 * i / 5)
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 3, 5])
@@ -146,15 +145,80 @@ def test_the_ambient_random_state_changes_nothing(start, make_config):
     assert metrics(other) != metrics(first)
 
 
-TOGGLES = [f"eval.metrics.{m}=null" for m in ("losses", "ci_l0", "identity_ci_error", "mmcs_ml2r")]
+OFF = ("losses", "ci_l0", "identity_ci_error", "mmcs_ml2r")
+PGD = "init:random,step_size:0.2,n_steps:2"
+ANNEAL = "p_anneal_start_frac:1.0,p_anneal_end_frac:1.0,p_anneal_final_p:1.0"
+SUBSET = "routing:{kind:uniform_k_subset}"
+MEASURED = {
+    "alive_components": "threshold:0.1,n_examples:64",
+    "pgd_multibatch_recon": f"{PGD},n_batches:2,{SUBSET}",
+    "importance_minimality": f"p:0.5,beta:0.5,{ANNEAL}",
+    "faithfulness": "",
+    "unmasked_recon": "",
+    "ci_masked_recon": "",
+    "ci_masked_recon_subset": SUBSET,
+    "ci_masked_recon_layerwise": "",
+    "stochastic_recon": "",
+    "stochastic_recon_subset": SUBSET,
+    "stochastic_recon_layerwise": "",
+    "pgd_recon": f"{PGD},scope:shared_across_batch",
+    "pgd_recon_subset": f"{PGD},scope:unique_per_datapoint,{SUBSET}",
+    "pgd_recon_layerwise": f"{PGD},scope:unique_per_datapoint",
+    "stochastic_hidden_acts_recon": "",
+}
+FIGURES = ("ci_histograms", "component_activation_density", "ci_mean_per_component",
+           "permuted_ci_plots", "uv_plots")  # fmt: skip
+OF_LANGUAGE = {"ce_and_kl", "stochastic_recon_subset_ce_and_kl"}
+ON = [
+    f"+eval.metrics.{name}={{{options},when:1}}".replace("{,", "{")
+    for name, options in MEASURED.items()
+]
+TOGGLES = [[f"eval.metrics.{name}=null"] for name in OFF] + [ON, ["eval.every=1"], ["eval.steps=1"]]
+ONE_BY_ONE = [pytest.param([override], marks=pytest.mark.slow) for override in ON]
 
 
-@pytest.mark.parametrize("overrides", [[t] for t in TOGGLES] + [["eval.every=1"], ["eval.steps=1"]])
+def test_every_metric_is_toggled():
+    assert {*OFF, *MEASURED, *FIGURES, *OF_LANGUAGE} == {*MetricsConfig.model_fields}
+
+
+@pytest.mark.parametrize("overrides", TOGGLES + ONE_BY_ONE)
 def test_evaluation_never_changes_the_weights(overrides, start, make_config):
     first, _ = start("first", make_config())
     second, _ = start("second", make_config(*overrides))
     assert_same_weights(first, second)
     assert len(metrics(first)) != len(metrics(second)) or metrics(first) != metrics(second)
+
+
+def test_figures_never_change_the_weights(start, make_config, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda _, path, **__: drawn.append(path)
+    )
+    first, _ = start("first", make_config())
+    second, _ = start("second", make_config("eval.slow_every=3", figures=True))
+    assert_same_weights(first, second)
+    assert sorted(path.stem for path in drawn) == sorted(FIGURES * 2)
+
+
+def test_what_is_alive_survives_a_stop(start, make_config):
+    config = make_config("+eval.metrics.alive_components={when:1,threshold:0.1,n_examples:1000}")
+    whole, _ = start("whole", config)
+    stopped, _ = start("stopped", config, stop_after(4))
+    start("stopped", config)
+    assert_same_run(whole, stopped)
+    ago = {n: weights(stopped)[1][f"extra:alive:{n}"] for n in ("linear1", "linear2")}
+    # Some were last important before the stop, which was 2 steps of 32 examples ago.
+    assert any(((steps >= 64) & (steps < 1000)).any() for steps in ago.values())
+    for name, steps in ago.items():
+        counts = [r[key] for r in metrics(whole) if (key := f"eval/alive_components/{name}") in r]
+        assert len(counts) == 6 and counts[-1] == (steps < 1000).sum()
+
+
+def test_a_metric_that_is_switched_on_later_starts_anew(start, make_config):
+    start("later", make_config(), stop_after(3))
+    override = "+eval.metrics.alive_components={when:1,threshold:0.1,n_examples:96}"
+    run_dir, outcome = start("later", make_config(override))
+    assert outcome == "finished" and "eval/alive_components/linear1" in metrics(run_dir)[-1]
 
 
 DIVERGE = "train.lr={kind:constant,start:1e30,end:1e30,warmup_fraction:0.0}"
@@ -210,21 +274,23 @@ def one_step(make_config, make_run_dir, one_process):
         config = make_config(*overrides)
         model = build_model(config, targets, one_process, Console(quiet=True))
         before = {n: p.detach().clone() for n, p in model.trained_parameters().items()}
-        result = optimisation_step(config, model, build_optimizer(config, model), one_process, 0)
+        optimizer = build_optimizer(config, model)
+        result = optimisation_step(config, model, optimizer, one_process, 0, lambda _ci: None)
         return model, before, result
 
     return step
 
 
 def test_gradients_are_clipped_apart(one_step):
-    model, _, (_, _, free) = one_step()
+    model, _, result = one_step()
+    free = result.grad_norms
     limit = free["components"].item() / 3
-    model, _, (_, _, norms) = one_step(f"train.grad_clip.components={limit}")
+    model, _, result = one_step(f"train.grad_clip.components={limit}")
     norm = {
         "components": torch.cat([p.grad.flatten() for p in model.component_parameters()]).norm(),
         "ci_fns": torch.cat([p.grad.flatten() for p in model.ci_fn_parameters()]).norm(),
     }
-    torch.testing.assert_close(norms["components"], free["components"])
+    torch.testing.assert_close(result.grad_norms["components"], free["components"])
     assert norm["components"].item() == pytest.approx(limit, rel=1e-3)
     torch.testing.assert_close(norm["ci_fns"], free["ci_fns"])
 
@@ -245,21 +311,28 @@ def test_gradients_against_finite_differences(make_config, tms_model, one_proces
     def loss():
         randomness = StepRandomness(0, 0, 0, 1, 32, torch.device("cpu"))
         batch = make_batch(config, model, randomness, "train")
-        return weighted_losses(config, model, batch, 0, one_process)[1]
+        model.zero_grad()
+        losses, _ = accumulate_gradients(
+            config, model, lambda: [batch], 1, 0, one_process, lambda _ci: None
+        )
+        coeffs = coefficients(config, 0)
+        return sum(coeffs[name] * value.item() for name, value in losses.items())
 
     # The data are float32, so the model is asked in double only where the streams allow it.
     torch.set_default_dtype(torch.float64)
     try:
-        loss().backward()
+        loss()
+        gradients = {n: c.U.grad.clone() for n, c in model.components.items()}
         for name in ("linear1", "linear2"):
             U = model.components[name].U
-            with torch.no_grad():
-                U[1, 0] += 1e-5
-                up = loss().item()
-                U[1, 0] -= 2e-5
-                down = loss().item()
-                U[1, 0] += 1e-5
-            assert U.grad[1, 0].item() == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-8)
+            U.data[1, 0] += 1e-5
+            up = loss()
+            U.data[1, 0] -= 2e-5
+            down = loss()
+            U.data[1, 0] += 1e-5
+            assert gradients[name][1, 0].item() == pytest.approx(
+                (up - down) / 2e-5, rel=1e-4, abs=1e-8
+            )
     finally:
         torch.set_default_dtype(torch.float32)
 

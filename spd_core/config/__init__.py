@@ -10,34 +10,17 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-Seed = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class BaseConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ScheduleConfig(BaseConfig):
-    """A value over training: linear warm-up from 0, then `kind` from `start` to `end`."""
-
-    kind: Literal["constant", "linear", "cosine"]
-    start: float = Field(description="value after the warm-up")
-    end: float = Field(description="value at the last step; equals start for kind=constant")
-    warmup_fraction: Fraction = Field(description="share of all steps spent rising from 0 to start")
-
-    @model_validator(mode="after")
-    def _constant_has_one_value(self) -> Self:
-        if self.kind == "constant" and self.start != self.end:
-            raise ValueError(
-                f"kind=constant needs start == end, got start={self.start} end={self.end}; "
-                "use kind=linear or kind=cosine for a value that changes"
-            )
-        return self
-
+from spd_core.config.base import (
+    BaseConfig,
+    Count,
+    CustomConfig,
+    ScheduleConfig,
+    Seed,
+)
+from spd_core.config.losses import LossesConfig
+from spd_core.config.metrics import MetricsConfig
 
 # ---------------------------------------------------------------- target and data
 
@@ -75,11 +58,23 @@ class CiFnConfig(BaseConfig):
     hidden: list[Count] = Field(min_length=1, description="hidden widths")
 
 
+class CustomCiFnConfig(CustomConfig):
+    """A causal-importance function of the user's own."""
+
+    kind: Literal["custom"]
+
+
+AnyCiFnConfig = Annotated[CiFnConfig | CustomCiFnConfig, Field(discriminator="kind")]
+
+
 class DecomposeConfig(BaseConfig):
     modules: dict[str, Count] = Field(
         min_length=1, description="fnmatch pattern of module paths -> number of subcomponents C"
     )
-    ci_fn: CiFnConfig
+    identity_modules: dict[str, Count] = Field(
+        description="pattern -> C of an identity matrix before each module, PATH.pre_identity"
+    )
+    ci_fn: AnyCiFnConfig
     sigmoid: Literal["leaky_hard", "normal", "hard", "swish_hard"]
     sampling: Literal["continuous", "binomial"]
     n_mask_samples: Count = Field(description="masks drawn per stochastic loss and step")
@@ -88,71 +83,6 @@ class DecomposeConfig(BaseConfig):
         description="pairs of module paths whose components start as each other's transpose"
     )
     distance: Literal["mse", "kl"] = Field(description="between target and masked output")
-
-
-# ---------------------------------------------------------------- losses
-
-
-class _LossConfig(BaseConfig):
-    coeff: float | ScheduleConfig
-
-
-class FaithfulnessConfig(_LossConfig):
-    """Squared error between the target weights and the sum of subcomponents."""
-
-
-class ImportanceMinimalityConfig(_LossConfig):
-    p: Annotated[float, Field(gt=0)]
-    beta: Annotated[float, Field(ge=0)] = Field(description="weight of the log2 frequency term")
-    p_anneal_start_frac: Fraction
-    p_anneal_end_frac: Fraction
-    p_anneal_final_p: Annotated[float, Field(gt=0)]
-
-    @model_validator(mode="after")
-    def _anneal_order(self) -> Self:
-        if self.p_anneal_end_frac < self.p_anneal_start_frac:
-            raise ValueError(
-                f"p_anneal_end_frac={self.p_anneal_end_frac} lies before "
-                f"p_anneal_start_frac={self.p_anneal_start_frac}"
-            )
-        return self
-
-
-class ReconConfig(_LossConfig):
-    """A reconstruction loss without options: its name says masks and routing."""
-
-
-class UniformKSubsetConfig(BaseConfig):
-    kind: Literal["uniform_k_subset"]
-
-
-class StaticProbabilityConfig(BaseConfig):
-    kind: Literal["static_probability"]
-    p: Fraction = Field(description="probability that a module runs on its components")
-
-
-class SubsetReconConfig(_LossConfig):
-    routing: Annotated[UniformKSubsetConfig | StaticProbabilityConfig, Field(discriminator="kind")]
-
-
-class LossesConfig(BaseConfig):
-    """Losses by name; one that is absent (null) is not computed."""
-
-    importance_minimality: ImportanceMinimalityConfig | None = None
-    faithfulness: FaithfulnessConfig | None = None
-    unmasked_recon: ReconConfig | None = None
-    ci_masked_recon: ReconConfig | None = None
-    ci_masked_recon_subset: SubsetReconConfig | None = None
-    ci_masked_recon_layerwise: ReconConfig | None = None
-    stochastic_recon: ReconConfig | None = None
-    stochastic_recon_subset: SubsetReconConfig | None = None
-    stochastic_recon_layerwise: ReconConfig | None = None
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if not any(getattr(self, name) for name in type(self).model_fields):
-            raise ValueError(f"at least one loss is needed: {', '.join(type(self).model_fields)}")
-        return self
 
 
 # ---------------------------------------------------------------- training
@@ -176,72 +106,18 @@ class GradClipConfig(BaseConfig):
 class TrainConfig(BaseConfig):
     steps: Count
     batch_size: Count = Field(description="global batch; dp divides it")
+    microbatch_size: Count | None = Field(
+        description="examples of one rank per forward pass; null = all of them at once"
+    )
     lr: ScheduleConfig
     weight_decay: Annotated[float, Field(ge=0)]
     grad_clip: GradClipConfig
     faithfulness_warmup: WarmupConfig
+    autocast: Literal["off", "bf16"] = Field(description="precision of the forward passes")
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto = cuda where there is one")
 
 
 # ---------------------------------------------------------------- evaluation
-
-
-class IdentityPattern(BaseConfig):
-    """The known solution: an identity matrix over n features."""
-
-    kind: Literal["identity"]
-    n: Count
-
-
-class DensePattern(BaseConfig):
-    """The known solution: exactly k subcomponents active."""
-
-    kind: Literal["dense"]
-    k: Count
-
-
-SolutionPattern = Annotated[IdentityPattern | DensePattern, Field(discriminator="kind")]
-
-
-class MetricConfig(BaseConfig):
-    when: Literal["fast", "slow"] = Field(description="at every eval, or only at the slow ones")
-
-
-class PlainMetricConfig(MetricConfig):
-    """A metric without options."""
-
-
-class CiL0Config(MetricConfig):
-    threshold: Fraction = Field(description="a subcomponent counts where its ci is above")
-
-
-class DensityConfig(MetricConfig):
-    threshold: Fraction
-
-
-class IdentityCiErrorConfig(MetricConfig):
-    tolerance: Fraction = Field(description="distance to 0 or 1 that still counts as right")
-    modules: dict[str, SolutionPattern] = Field(min_length=1)
-
-
-class MmcsMl2rConfig(MetricConfig):
-    """Which side of each module's weight holds the features that are compared."""
-
-    modules: dict[str, Literal["features_in", "features_out"]] = Field(min_length=1)
-
-
-class MetricsConfig(BaseConfig):
-    """Metrics by name; one that is absent (null) is not computed."""
-
-    ci_l0: CiL0Config | None = None
-    losses: PlainMetricConfig | None = None
-    identity_ci_error: IdentityCiErrorConfig | None = None
-    mmcs_ml2r: MmcsMl2rConfig | None = None
-    ci_histograms: PlainMetricConfig | None = None
-    component_activation_density: DensityConfig | None = None
-    ci_mean_per_component: PlainMetricConfig | None = None
-    permuted_ci_plots: PlainMetricConfig | None = None
-    uv_plots: PlainMetricConfig | None = None
 
 
 class EvalConfig(BaseConfig):
@@ -332,9 +208,16 @@ class RunConfig(BaseConfig):
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} does not divide by dp={self.dp}"
             )
-        if self.eval.batch_size % self.dp:
+        per_rank = self.train.batch_size // self.dp
+        micro = self.train.microbatch_size
+        if micro is not None and per_rank % micro:
             raise ValueError(
-                f"eval.batch_size={self.eval.batch_size} does not divide by dp={self.dp}"
+                f"train.microbatch_size={micro} does not divide the {per_rank} examples of a rank "
+                f"(train.batch_size={self.train.batch_size} / dp={self.dp})"
+            )
+        if self.eval.batch_size < self.dp:
+            raise ValueError(
+                f"eval.batch_size={self.eval.batch_size} leaves some of dp={self.dp} ranks empty"
             )
         return self
 
@@ -347,7 +230,10 @@ def load_config(path: Path) -> RunConfig:
     """
     if not path.is_file():
         raise ValueError(f"no run config at {path}")
-    return RunConfig.model_validate(yaml.safe_load(path.read_text()))
+    try:
+        return RunConfig.model_validate(yaml.safe_load(path.read_text()))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no valid run config: {error}") from None
 
 
 def config_to_yaml(config: RunConfig) -> str:

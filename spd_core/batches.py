@@ -1,0 +1,55 @@
+"""From a config to the batches of a step, with all that the losses share."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_core.component_model import ComponentModel
+from spd_core.config import RunConfig
+from spd_core.data.sparse import sparse_features
+from spd_core.distributed import Dist
+from spd_core.losses.batch import Batch, Batches
+from spd_core.randomness import StepRandomness
+
+
+def draw_examples(
+    config: RunConfig, randomness: StepRandomness, purpose: str
+) -> Float[Tensor, "batch ..."]:
+    stream = randomness.batch_stream(f"{purpose}:data")
+    return sparse_features(config.data, config.target.n_features, stream)
+
+
+def make_batch(
+    config: RunConfig, model: ComponentModel, randomness: StepRandomness, purpose: str
+) -> Batch:
+    """Examples, the target's output and causal importances of one part of a step."""
+    examples = draw_examples(config, randomness, purpose)
+    target_out, inputs = model.run_target(examples)
+    ci = model.causal_importances(inputs, randomness.batch_stream(f"{purpose}:binomial"))
+    return Batch(examples, target_out, inputs, ci, randomness)
+
+
+def training_batches(
+    config: RunConfig, model: ComponentModel, step: int, dist: Dist
+) -> tuple[Batches, int]:
+    """This rank's microbatches of one step and their number; they are made again at every call.
+
+    A single one is kept instead, so that its causal importances are computed once.
+    """
+    per_rank = config.train.batch_size // dist.world_size
+    n_micro = per_rank // (config.train.microbatch_size or per_rank)
+    n_parts = n_micro * dist.world_size
+    parts = [
+        StepRandomness(config.seed, step, part, n_parts, config.train.batch_size, dist.device)
+        for part in range(dist.rank * n_micro, (dist.rank + 1) * n_micro)
+    ]
+    if n_micro == 1:
+        whole = [make_batch(config, model, parts[0], "train")]
+        return lambda: whole, 1
+    return lambda: (make_batch(config, model, part, "train") for part in parts), n_micro
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The precision of forward passes: bf16 where it is safe, or float32 throughout."""
+    enabled = config.train.autocast == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -1,0 +1,54 @@
+"""What every section of a config is built from."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Seed = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class BaseConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CustomConfig(BaseConfig):
+    """A part of the user's own: whatever stands at `path`, with options that it declares itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    path: str = Field(pattern=r"^\w+(\.\w+)+$", description="import path, my_package.my_part")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class ScheduleConfig(BaseConfig):
+    """A value over training: linear warm-up from 0, then `kind` from `start` to `end`."""
+
+    kind: Literal["constant", "linear", "cosine"]
+    start: float = Field(description="value after the warm-up")
+    end: float = Field(description="value at the last step; equals start for kind=constant")
+    warmup_fraction: Fraction = Field(description="share of all steps spent rising from 0 to start")
+
+    @model_validator(mode="after")
+    def _constant_has_one_value(self) -> Self:
+        if self.kind == "constant" and self.start != self.end:
+            raise ValueError(
+                f"kind=constant needs start == end, got start={self.start} end={self.end}; "
+                "use kind=linear or kind=cosine for a value that changes"
+            )
+        return self
+
+
+class Named(BaseConfig):
+    """Parts by name: those below, and parts of the user's own under any other name."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    def configured(self) -> dict[str, Any]:
+        """The parts that are on, by name; null switches one off."""
+        parts = {name: getattr(self, name) for name in type(self).model_fields}
+        parts |= self.__pydantic_extra__ or {}
+        return {name: part for name, part in parts.items() if part is not None}

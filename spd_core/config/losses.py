@@ -1,0 +1,123 @@
+"""The options of every loss. Trained ones add a coefficient; as a metric they add a frequency."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from spd_core.config.base import BaseConfig, Count, CustomConfig, Fraction, Named, ScheduleConfig
+
+When = Literal["fast", "slow"] | Count
+"""fast = at every eval, slow = at the slow ones, a number = every so many steps."""
+
+
+class LossConfig(BaseConfig):
+    """In `losses` a loss has a coefficient; in `eval.metrics` it has a frequency."""
+
+    coeff: float | ScheduleConfig | None = Field(None, description="weight in training")
+    when: When | None = Field(None, description="fast, slow, or every so many steps")
+
+
+class FaithfulnessConfig(LossConfig):
+    """Squared error between the target weights and the sum of subcomponents."""
+
+
+class ImportanceMinimalityConfig(LossConfig):
+    p: Annotated[float, Field(gt=0)]
+    beta: Annotated[float, Field(ge=0)] = Field(description="weight of the log2 frequency term")
+    p_anneal_start_frac: Fraction
+    p_anneal_end_frac: Fraction
+    p_anneal_final_p: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _anneal_order(self) -> Self:
+        if self.p_anneal_end_frac < self.p_anneal_start_frac:
+            raise ValueError(
+                f"p_anneal_end_frac={self.p_anneal_end_frac} lies before "
+                f"p_anneal_start_frac={self.p_anneal_start_frac}"
+            )
+        return self
+
+
+class UniformKSubsetConfig(BaseConfig):
+    kind: Literal["uniform_k_subset"]
+
+
+class StaticProbabilityConfig(BaseConfig):
+    kind: Literal["static_probability"]
+    p: Fraction = Field(description="probability that a module runs on its components")
+
+
+SubsetRouting = Annotated[
+    UniformKSubsetConfig | StaticProbabilityConfig, Field(discriminator="kind")
+]
+
+
+class ReconConfig(LossConfig):
+    """A reconstruction loss without options: its name says masks and routing."""
+
+
+class SubsetReconConfig(LossConfig):
+    routing: SubsetRouting
+
+
+class PGDConfig(BaseConfig):
+    """How the worst masks are looked for (projected gradient ascent on the sources)."""
+
+    init: Literal["random", "ones", "zeroes"]
+    step_size: Annotated[float, Field(gt=0)]
+    n_steps: Annotated[int, Field(ge=0)]
+
+
+class PGDReconConfig(LossConfig, PGDConfig):
+    scope: Literal["unique_per_datapoint", "shared_across_batch"]
+
+
+class PGDSubsetReconConfig(PGDReconConfig):
+    routing: SubsetRouting
+
+
+class CustomLossConfig(LossConfig, CustomConfig):
+    """A loss of the user's own."""
+
+
+AnyLossConfig = (
+    FaithfulnessConfig
+    | ImportanceMinimalityConfig
+    | ReconConfig
+    | SubsetReconConfig
+    | PGDReconConfig
+    | CustomLossConfig
+)
+
+
+class LossNames(Named):
+    """Every loss, trained or measured; one that is absent (null) is not computed."""
+
+    importance_minimality: ImportanceMinimalityConfig | None = None
+    faithfulness: FaithfulnessConfig | None = None
+    unmasked_recon: ReconConfig | None = None
+    ci_masked_recon: ReconConfig | None = None
+    ci_masked_recon_subset: SubsetReconConfig | None = None
+    ci_masked_recon_layerwise: ReconConfig | None = None
+    stochastic_recon: ReconConfig | None = None
+    stochastic_recon_subset: SubsetReconConfig | None = None
+    stochastic_recon_layerwise: ReconConfig | None = None
+    pgd_recon: PGDReconConfig | None = None
+    pgd_recon_subset: PGDSubsetReconConfig | None = None
+    pgd_recon_layerwise: PGDReconConfig | None = None
+    stochastic_hidden_acts_recon: ReconConfig | None = None
+
+
+class LossesConfig(LossNames):
+    """The trained losses; others than the named ones need a `path`."""
+
+    __pydantic_extra__: dict[str, CustomLossConfig | None]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @model_validator(mode="after")
+    def _each_has_a_coeff(self) -> Self:
+        if not self.configured():
+            raise ValueError(f"at least one loss is needed: {', '.join(type(self).model_fields)}")
+        for name, loss in self.configured().items():
+            if loss.coeff is None or loss.when is not None:
+                raise ValueError(f"{name} needs a coeff, and no `when`: losses.{name}.coeff=1.0")
+        return self

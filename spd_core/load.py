@@ -1,0 +1,92 @@
+"""A run back in memory: config, target and decomposition, from wherever it lies."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from spd_core.checkpoint import load_model, newest_valid_checkpoint
+from spd_core.component_model import ComponentModel
+from spd_core.config import RunConfig, load_config
+from spd_core.run_dir import RunDir
+from spd_core.targets.train_target import load_target, target_folder
+
+WANDB = re.compile(
+    r"(?:wandb:|https?://[^/]+/)?([\w.-]+)/([\w.-]+)(?:/runs)?/([\w.-]+)(?:/overview)?/?(?:\?.*)?"
+)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A decomposition after `step` steps; `model.target` is what was decomposed."""
+
+    config: RunConfig
+    model: ComponentModel
+    step: int
+
+
+def load_run(reference: str | Path) -> LoadedRun:
+    """Load the newest checkpoint of a run, on the CPU.
+
+    `reference` is the folder of a run; the id of a run in $SPD_OUT_DIR (else ./outputs); or a run
+    of W&B: `entity/project/id`, `entity/project/runs/id`, either after `wandb:`, or its URL.
+    Nothing in a run's files is executed: weights are safetensors, checked against their digest.
+
+    Raises:
+        ValueError: the reference is none of these, or the config or target does not fit.
+        FileNotFoundError: the run has no undamaged checkpoint.
+    """
+    run_dir = find_run(str(reference))
+    config = load_config(run_dir.config_file)
+    target, _ = load_target(config, run_dir.targets)
+    model = ComponentModel(target, config.decompose, config.seed)
+    folder, step, _ = newest_valid_checkpoint(run_dir)
+    load_model(folder, model)
+    return LoadedRun(config, model, step)
+
+
+def find_run(reference: str) -> RunDir:
+    """The run's folder; a run of W&B is downloaded first, into the folder of outputs."""
+    outputs = Path(os.environ.get("SPD_OUT_DIR", "outputs"))
+    for folder in (Path(reference), outputs / "runs" / reference):
+        if (folder / "config.yaml").is_file():
+            return RunDir(folder.absolute())
+    if (wandb_run := wandb_reference(reference)) is not None:
+        return _download(*wandb_run, outputs / "wandb")
+    raise ValueError(
+        f"no run {reference!r}: it is neither a folder with a config.yaml, nor a run id in "
+        f"{outputs.absolute() / 'runs'} (set SPD_OUT_DIR to look elsewhere), nor a W&B run "
+        "such as entity/project/id or its URL"
+    )
+
+
+def wandb_reference(reference: str) -> tuple[str, str] | None:
+    """`entity/project` and the id of a run of W&B, or None where it is no such reference."""
+    match = WANDB.fullmatch(reference)
+    return None if match is None else (f"{match[1]}/{match[2]}", match[3])
+
+
+def files_to_load(run_dir: RunDir, config: RunConfig) -> dict[str, Path]:
+    """All that `load_run` needs of a run, by its place below a folder of outputs."""
+    folder, _, _ = newest_valid_checkpoint(run_dir)
+    target = target_folder(config, run_dir.targets)
+    paths = [run_dir.config_file, *folder.iterdir(), *target.iterdir()]
+    root = run_dir.path.parent.parent
+    return {str(path.relative_to(root)): path for path in paths}
+
+
+def _download(project: str, run_id: str, folder: Path) -> RunDir:
+    """Fetch what `files_to_load` names and the tracker uploaded."""
+    import wandb  # takes seconds, and few runs come from there
+
+    run_dir = RunDir(folder.absolute() / "runs" / run_id)
+    try:
+        for file in wandb.Api(timeout=30).run(f"{project}/{run_id}").files():
+            if file.name.startswith(("runs/", "targets/")):
+                file.download(root=str(folder.absolute()), exist_ok=True)
+    except (wandb.Error, OSError) as error:
+        raise ValueError(
+            f"cannot download {project}/{run_id} from W&B: {error}; "
+            "is it the right run, and does `wandb login` know you?"
+        ) from None
+    return run_dir
