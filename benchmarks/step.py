@@ -21,7 +21,7 @@ from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig, config_digest
 from spd_core.randomness import stream
 from spd_core.step import optimisation_step
-from spd_core.targets.tms import TMS
+from spd_core.targets.train_target import untrained_target
 from spd_core.train import build_optimizer
 from spd_launch.compose import compose
 from spd_launch.ports import free_port
@@ -70,7 +70,7 @@ def run_rank(
 
 def measure(config: RunConfig, steps: int, dist: distributed.Dist) -> dict[str, float | int | str]:
     """Times of the step on a random target of the experiment's shape."""
-    target = TMS(config.target, stream(0, "benchmark", device=torch.device("cpu")))
+    target = untrained_target(config, stream(0, "benchmark", device=torch.device("cpu")))
     model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
     optimizer = build_optimizer(config, model)
     for step in range(N_WARMUP):

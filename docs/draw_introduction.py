@@ -13,6 +13,7 @@ from rich.console import Console
 from spd_core import distributed
 from spd_core.checkpoint import load_model, newest_valid_checkpoint
 from spd_core.config import load_config
+from spd_core.data.batches import n_features
 from spd_core.metrics.solutions import permute_to_identity, single_feature_ci
 from spd_core.run_dir import RunDir
 from spd_core.train import build_model
@@ -27,7 +28,7 @@ def main(run: Path) -> None:
     model = build_model(config, run_dir.targets, dist, Console(quiet=True))
     load_model(newest_valid_checkpoint(run_dir)[0], model)
     components = model.components[MODULE]
-    ci = single_feature_ci(model, config.target.n_features, dist.device)[MODULE]
+    ci = single_feature_ci(model, n_features(config), dist.device)[MODULE]
     alive = [int(c) for c in ci.max(0).values.gt(0.1).nonzero()[:, 0]]
     with torch.no_grad():
         # What subcomponent c writes for the feature that it reads most.
@@ -36,7 +37,7 @@ def main(run: Path) -> None:
 
     colors = plt.get_cmap("tab10").colors
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
-    _arrows(axes[0], components.weight.T, list(range(config.target.n_features)), colors)
+    _arrows(axes[0], components.weight.T, list(range(n_features(config))), colors)
     axes[0].set_title("target: columns of W")
     _arrows(axes[1], arrows, feature.tolist(), colors)
     axes[1].set_title(f"found: {len(alive)} of {components.C} subcomponents alive")

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spd_core.batches import autocast, draw_examples, make_batch
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.config.base import CustomConfig
@@ -28,6 +27,7 @@ from spd_core.config.metrics import (
     PlainMetricConfig,
     SubsetCeAndKlConfig,
 )
+from spd_core.data.batches import autocast, draw_examples, make_batch, n_features
 from spd_core.distributed import Dist, all_sum, synchronise
 from spd_core.losses import loss_parts, prepare_step
 from spd_core.losses.batch import Batch
@@ -157,7 +157,8 @@ def _check_tokens(config: RunConfig) -> None:
 def _batch(config: RunConfig, model: ComponentModel, i: int, dist: Dist, purpose: str) -> Batch:
     """Batch i of an evaluation; each evaluation sees the same ones, so that values compare."""
     size = config.eval.batch_size
-    randomness = StepRandomness(config.seed, i, dist.rank, dist.world_size, size, dist.device)
+    parts = (dist.rank, dist.world_size)
+    randomness = StepRandomness(config.seed, i, *parts, size, dist.device, phase="eval")
     return make_batch(config, model, randomness, purpose)
 
 
@@ -238,7 +239,7 @@ def _values(
         case CeAndKlConfig() | SubsetCeAndKlConfig():
             return {f"{name}/{k}": v for k, v in outputs.ce_and_kl_values(sums).items()}
         case IdentityCiErrorConfig(modules=modules, tolerance=tolerance):
-            single = single_feature_ci(model, config.target.n_features, dist.device)
+            single = single_feature_ci(model, n_features(config), dist.device)
             return {
                 f"{name}/{module}": identity_ci_error(single[module], pattern, tolerance)
                 for module, pattern in modules.items()
@@ -292,7 +293,7 @@ def _draw(
 
     match name:
         case "permuted_ci_plots":
-            single = single_feature_ci(model, config.target.n_features, dist.device)
+            single = single_feature_ci(model, n_features(config), dist.device)
             figure = figures.permuted_ci(single)
         case "uv_plots":
             order = {n: s[:-1].argsort(descending=True).tolist() for n, s in sums.items()}

@@ -38,8 +38,8 @@ def load_run(reference: str | Path) -> LoadedRun:
     """
     run_dir = find_run(str(reference))
     config = load_config(run_dir.config_file)
-    target, _ = load_target(config, run_dir.targets)
-    model = ComponentModel(target, config.decompose, config.seed)
+    target = load_target(config, run_dir.targets)
+    model = ComponentModel(target.module, config.decompose, config.seed, target.output)
     folder, step, _ = newest_valid_checkpoint(run_dir)
     load_model(folder, model)
     return LoadedRun(config, model, step)
@@ -69,8 +69,9 @@ def wandb_reference(reference: str) -> tuple[str, str] | None:
 def files_to_load(run_dir: RunDir, config: RunConfig) -> dict[str, Path]:
     """All that `load_run` needs of a run, by its place below a folder of outputs."""
     folder, _, _ = newest_valid_checkpoint(run_dir)
-    target = target_folder(config, run_dir.targets)
-    paths = [run_dir.config_file, *folder.iterdir(), *target.iterdir()]
+    paths = [run_dir.config_file, *folder.iterdir()]
+    if config.target.kind != "custom":
+        paths += target_folder(config, run_dir.targets).iterdir()
     root = run_dir.path.parent.parent
     return {str(path.relative_to(root)): path for path in paths}
 

@@ -53,7 +53,7 @@ class BatchStream:
 class StepRandomness:
     """Where the random numbers of one step come from, in one of equal parts of the batch.
 
-    A part is a rank's share, or one of its microbatches.
+    A part is a rank's share, or one of its microbatches. Phases never share numbers.
     """
 
     seed: int
@@ -62,6 +62,7 @@ class StepRandomness:
     n_parts: int
     batch_size: int
     device: torch.device
+    phase: str = "train"
 
     @property
     def examples(self) -> range:
@@ -84,7 +85,7 @@ class StepRandomness:
 
     def shared_stream(self, purpose: str) -> torch.Generator:
         """One stream for this step, the same on every rank."""
-        return stream(self.seed, purpose, self.step, device=self.device)
+        return stream(self.seed, f"{self.phase}:{purpose}", self.step, device=self.device)
 
 
 def _cut(i: int, n: int, size: int) -> range:

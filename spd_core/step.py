@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_core import distributed
-from spd_core.batches import autocast, training_batches
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.config.losses import ImportanceMinimalityConfig
+from spd_core.data.batches import autocast, training_batches
 from spd_core.distributed import Dist
 from spd_core.losses import Step, loss_parts, prepare_step
 from spd_core.losses.batch import Batch, Batches

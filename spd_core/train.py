@@ -29,13 +29,14 @@ HEARTBEAT_S = 10.0
 
 def build_model(config: RunConfig, targets: Path, dist: Dist, console: Console) -> ComponentModel:
     """The target from the store (trained first if need be) with fresh components beside it."""
-    target, target_seed = load_or_train_target(config, targets, console)
-    model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
+    target = load_or_train_target(config, targets, console)
+    model = ComponentModel(target.module, config.decompose, config.seed, target.output)
+    model = model.to(dist.device)
     if dist.is_main:
         n_trained = sum(p.numel() for p in model.trained_parameters().values())
         modules = ", ".join(f"{name} C={c.C}" for name, c in model.components.items())
         console.print(
-            f"target seed {target_seed}; {modules}; {n_trained:,} trained parameters; "
+            f"target seed {target.seed}; {modules}; {n_trained:,} trained parameters; "
             f"batch {config.train.batch_size // dist.world_size} per rank x {dist.world_size}",
             soft_wrap=True,
         )

@@ -32,6 +32,9 @@ afterwards:
 
 
 def main() -> int:
+    if not sys.flags.safe_path:
+        # Look for a user's own parts where the run will: not in the current folder.
+        sys.path[0] = str(PACKAGE_ROOT)
     options = _parser().parse_intermixed_args()
     if not any(o.lstrip("+").startswith("cluster=") for o in options.overrides):
         print(f"cluster={default_cluster()}: {_why_default()}", file=sys.stderr)

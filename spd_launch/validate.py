@@ -8,11 +8,20 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from spd_core.config import RunConfig
+from spd_core.config.targets import ResidMLPTargetConfig, TargetConfig, TMSTargetConfig
 from spd_core.parts import check_parts
 from spd_launch.errors import LaunchError, nearest
 
-# The modules of a target, known without building it.
-KNOWN_MODULES = {"tms": ("linear1", "linear2")}
+
+def known_modules(target: TargetConfig) -> list[str]:
+    """The decomposable modules of a target, known without building it; none of a custom one."""
+    match target:
+        case TMSTargetConfig(n_hidden_layers=n):
+            return ["linear1", *(f"hidden_layers.{i}" for i in range(n)), "linear2"]
+        case ResidMLPTargetConfig(n_layers=n):
+            return [f"layers.{i}.{part}" for i in range(n) for part in ("mlp_in", "mlp_out")]
+        case _:
+            return []
 
 
 def validate(values: dict[str, Any]) -> RunConfig:
@@ -112,7 +121,9 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _check_modules(config: RunConfig) -> None:
-    known = KNOWN_MODULES[config.target.kind]
+    known = known_modules(config.target)
+    if not known:
+        return  # the run itself finds out, before it trains
     matches = {p: [m for m in known if fnmatchcase(m, p)] for p in config.decompose.modules}
     for pattern, modules in matches.items():
         if not modules:
@@ -144,6 +155,7 @@ def _check_modules(config: RunConfig) -> None:
             if name not in decomposed:
                 raise LaunchError(f"{field}: {name!r} is not decomposed{nearest(name, decomposed)}")
     for name, pattern in solutions.items():
+        assert isinstance(config.target, TMSTargetConfig | ResidMLPTargetConfig)
         if pattern.kind == "identity" and pattern.n != config.target.n_features:
             raise LaunchError(
                 f"eval.metrics.identity_ci_error.modules.{name}.n={pattern.n}: the target has "

@@ -22,9 +22,8 @@ settings.load_profile("fast")
 SMALL = (
     "target.steps=150",
     "target.batch_size=256",
-    "target.lr=3e-2",
-    "decompose.modules.linear1=6",
-    "decompose.modules.linear2=6",
+    "target.lr={kind:constant,start:3e-2,end:3e-2,warmup_fraction:0.0}",
+    "decompose.modules={linear1:6,linear2:6}",
     "decompose.ci_fn.hidden=[3]",
     "train.steps=6",
     "train.batch_size=32",

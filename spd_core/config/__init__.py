@@ -21,32 +21,7 @@ from spd_core.config.base import (
 )
 from spd_core.config.losses import LossesConfig
 from spd_core.config.metrics import MetricsConfig
-
-# ---------------------------------------------------------------- target and data
-
-
-class TMSTargetConfig(BaseConfig):
-    """Toy model of superposition: x_hat = ReLU(W2 [H] W1 x + b), W2 = W1^T."""
-
-    kind: Literal["tms"]
-    n_features: Count
-    n_hidden: Count
-    init_bias_to_zero: bool
-    batch_size: Count
-    steps: Count
-    lr: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    seed: Seed = Field(description="first seed to try; a target that misses a feature is retrained")
-    n_seeds: Count = Field(description="how many seeds to try before giving up")
-
-
-class SparseFeatureDataConfig(BaseConfig):
-    """Each feature is U[0, 1) with the given probability, else 0."""
-
-    kind: Literal["sparse_features"]
-    feature_probability: Annotated[float, Field(gt=0, le=1)]
-    generation: Literal["at_least_zero_active", "exactly_one_active"]
-
+from spd_core.config.targets import DataConfig, TargetConfig
 
 # ---------------------------------------------------------------- decomposition
 
@@ -191,8 +166,8 @@ class RunConfig(BaseConfig):
     experiment: str
     seed: Seed
     dp: Count = Field(description="data-parallel processes")
-    target: TMSTargetConfig
-    data: SparseFeatureDataConfig
+    target: TargetConfig
+    data: DataConfig
     decompose: DecomposeConfig
     losses: LossesConfig
     train: TrainConfig
@@ -201,6 +176,24 @@ class RunConfig(BaseConfig):
     track: TrackConfig
     cluster: ClusterConfig
     launch: LaunchConfig
+
+    @model_validator(mode="after")
+    def _data_fits_target(self) -> Self:
+        match self.target.kind:
+            case "tms" | "resid_mlp":
+                wanted = "sparse_features"
+            case "induction":
+                wanted = "induction"
+            case "llama_simple" | "llama_simple_mlp" | "gpt2_simple" | "gpt2_simple_noln":
+                wanted = "text"
+            case "custom":
+                return self
+        if self.data.kind != wanted:
+            raise ValueError(
+                f"data.kind={self.data.kind} does not fit target.kind={self.target.kind}, "
+                f"which takes data.kind={wanted}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:

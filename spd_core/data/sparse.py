@@ -4,18 +4,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_core.config import SparseFeatureDataConfig
+from spd_core.config.targets import SparseFeatureDataConfig
 from spd_core.randomness import BatchStream
 
 
 def sparse_features(
     config: SparseFeatureDataConfig, n_features: int, stream: BatchStream
 ) -> Float[Tensor, "batch n_features"]:
-    """One rank's part of a batch; values are U[0, 1) where a feature is active."""
+    """One rank's part of a batch; values are uniform over the range where a feature is on.
+
+    Of a group of synced features, the first decides for all.
+    """
     values = stream.uniform(n_features)
+    if config.value_range == "minus_one_to_one":
+        values = 2 * values - 1
     match config.generation:
         case "at_least_zero_active":
-            return values * (stream.uniform(n_features) < config.feature_probability)
+            on = stream.uniform(n_features) < config.feature_probability
+            for group in config.synced:
+                on[:, group] = on[:, group[:1]]
+            return values * on
         case "exactly_one_active":
             active = stream.integers(0, n_features)
             return values * torch.nn.functional.one_hot(active, n_features)

@@ -99,11 +99,10 @@ def _ascend(
                 tracked = {n: source.detach().requires_grad_() for n, source in sources.items()}
                 fixed = {n: replace(ci, lower=ci.lower.detach()) for n, ci in batch.ci.items()}
                 sum_, _ = _distance(model, replace(batch, ci=fixed), tracked, batch_routes)
-            leaves = list(tracked.values())
-            parts = [None] * len(leaves)  # of a sum that depends on no module at all
-            if sum_.requires_grad:
+            leaves, parts = list(tracked.values()), ()
+            if sum_.requires_grad:  # else it depends on no module at all
                 parts = torch.autograd.grad(sum_, leaves, allow_unused=True)
-            unused = [n for n, part in zip(names, parts, strict=True) if part is None]
+            unused = [n for i, n in enumerate(names) if not parts or parts[i] is None]
             if unused:
                 raise ValueError(
                     f"the target's output does not depend on {', '.join(unused)}, so {purpose} has "

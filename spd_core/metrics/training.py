@@ -40,9 +40,11 @@ class AliveComponents:
 
     @torch.no_grad()
     def observe(self, ci: dict[str, CausalImportance], dist: Dist) -> None:
+        # Of the first module: another may run at fewer positions, as position embeddings do.
+        n_positions = next(iter(ci.values())).lower[..., 0].numel()
         for name, module_ci in ci.items():
             important = (module_ci.lower > self.config.threshold).flatten(0, -2)
-            ago = self.positions_ago[name] + len(important) * dist.world_size
+            ago = self.positions_ago[name] + n_positions * dist.world_size
             self.positions_ago[name] = ago.masked_fill(important.any(0), 0)
 
     def tensors(self, dist: Dist) -> dict[str, Int[Tensor, "C"]]:

@@ -1,31 +1,50 @@
-"""Training a target once, checking that it is good, and keeping it in the target store."""
+"""Every target: built, trained once, checked, and kept in the target store."""
 
 import fcntl
+import importlib
 import json
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from rich.console import Console
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_model, save_model
+from torch import nn
 
 from spd_core.checkpoint import fsync
-from spd_core.config import RunConfig, SparseFeatureDataConfig, TMSTargetConfig, config_digest
-from spd_core.data.sparse import sparse_features
-from spd_core.randomness import StepRandomness, stream
-from spd_core.targets.tms import TMS
+from spd_core.config import RunConfig, config_digest
+from spd_core.config.targets import (
+    CustomTargetConfig,
+    ResidMLPTargetConfig,
+    SparseFeatureDataConfig,
+    TMSTargetConfig,
+)
+from spd_core.randomness import stream
+from spd_core.targets.resid_mlp import ResidMLP, resid_mlp_problem, train_resid_mlp
+from spd_core.targets.tms import TMS, tms_problem, train_tms
 
 
-def load_or_train_target(config: RunConfig, store: Path, console: Console) -> tuple[TMS, int]:
-    """The target of this config and the seed it was trained with, from the store where it is.
+@dataclass(frozen=True)
+class Target:
+    """What is decomposed; `output` selects the tensor to reconstruct, `seed` trained it."""
+
+    module: nn.Module
+    output: str | int | None
+    seed: int | None
+
+
+def load_or_train_target(config: RunConfig, store: Path, console: Console) -> Target:
+    """The target of this config, from the store where it is.
 
     Raises:
-        ValueError: no seed gave a target that represents every feature.
+        ValueError: no seed gave a good target, or a custom one cannot be loaded.
     """
+    if isinstance(config.target, CustomTargetConfig):
+        return _load_custom(config.target)
     folder = target_folder(config, store)
     store.mkdir(parents=True, exist_ok=True)
     # Several tasks may ask for the same target at once: one trains it, the others wait here.
@@ -40,27 +59,71 @@ def target_folder(config: RunConfig, store: Path) -> Path:
     return store / (config_digest(config.target)[:8] + config_digest(config.data)[:8])
 
 
-def load_target(config: RunConfig, store: Path) -> tuple[TMS, int]:
-    """A trained target and its seed.
+def load_target(config: RunConfig, store: Path) -> Target:
+    """A trained target.
 
     Raises:
         ValueError: the store has none of this config.
     """
+    if isinstance(config.target, CustomTargetConfig):
+        return _load_custom(config.target)
     folder = target_folder(config, store)
     if not folder.is_dir():
         raise ValueError(f"no target at {folder}: it was moved, or never trained")
-    model = TMS(config.target, stream(0, "placeholder", device=torch.device("cpu")))
-    model.load_state_dict(load_file(folder / "target.safetensors"))
-    return model, json.loads((folder / "target.json").read_text())["seed"]
+    module = untrained_target(config, stream(0, "placeholder", device=torch.device("cpu")))
+    load_model(module, folder / "target.safetensors")
+    return Target(module, None, json.loads((folder / "target.json").read_text())["seed"])
+
+
+def untrained_target(config: RunConfig, generator: torch.Generator) -> nn.Module:
+    """A target of this config with random weights."""
+    match config.target:
+        case TMSTargetConfig():
+            return TMS(config.target, generator)
+        case ResidMLPTargetConfig():
+            return ResidMLP(config.target, generator)
+        case _:
+            raise NotImplementedError(config.target.kind)
+
+
+def _train(config: RunConfig, seed: int) -> tuple[nn.Module, float, str | None]:
+    """A trained target, its loss, and what is wrong with it."""
+    match config.target, config.data:
+        case TMSTargetConfig(), SparseFeatureDataConfig():
+            model, loss = train_tms(config.target, config.data, seed)
+            return model, loss, tms_problem(model)
+        case ResidMLPTargetConfig(), SparseFeatureDataConfig():
+            model, loss = train_resid_mlp(config.target, config.data, seed)
+            return model, loss, resid_mlp_problem(model)
+        case _:
+            raise NotImplementedError(config.target.kind)
 
 
 def _train_into(config: RunConfig, folder: Path, console: Console) -> None:
-    model, seed, loss = _train_good_target(config.target, config.data, console)
+    """Try one seed after the other until the target is good, then keep it."""
+    assert not isinstance(config.target, CustomTargetConfig)
+    first, n_seeds = config.target.seed, config.target.n_seeds
+    for seed in range(first, first + n_seeds):
+        with console.status(f"training the target (seed {seed}, {config.target.steps} steps)"):
+            module, loss, problem = _train(config, seed)
+        if problem is None:
+            console.print(f"target trained with seed {seed}: loss {loss:.2e}")
+            return _keep(config, module, {"seed": seed, "loss": loss}, folder)
+        console.print(f"target seed {seed} {problem}: next seed")
+    raise ValueError(
+        f"no target of seeds {first} to {first + n_seeds - 1} is good; "
+        "raise target.n_seeds or target.steps"
+    )
+
+
+def _keep(
+    config: RunConfig, module: nn.Module, record: dict[str, float | int], folder: Path
+) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        save_file(model.state_dict(), temporary / "target.safetensors")
-        record = {"seed": seed, "loss": loss, "config": config.target.model_dump(mode="json")}
-        (temporary / "target.json").write_text(json.dumps(record, indent=2))
+        save_model(module, str(temporary / "target.safetensors"))
+        whole = {**record, "config": config.target.model_dump(mode="json")}
+        (temporary / "target.json").write_text(json.dumps(whole, indent=2))
         for path in (*temporary.iterdir(), temporary):
             fsync(path)
         temporary.chmod(0o755)
@@ -69,50 +132,20 @@ def _train_into(config: RunConfig, folder: Path, console: Console) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _train_good_target(
-    config: TMSTargetConfig, data: SparseFeatureDataConfig, console: Console
-) -> tuple[TMS, int, float]:
-    for seed in range(config.seed, config.seed + config.n_seeds):
-        with console.status(f"training the target (seed {seed}, {config.steps} steps)"):
-            model, loss = train_tms(config, data, seed)
-        missing = missing_features(model)
-        if not missing:
-            console.print(f"target trained with seed {seed}: loss {loss:.2e}")
-            return model, seed, loss
-        console.print(f"target seed {seed} does not represent features {missing}: next seed")
-    raise ValueError(
-        f"no target of seeds {config.seed} to {config.seed + config.n_seeds - 1} represents every "
-        "feature; raise target.n_seeds or target.steps"
-    )
-
-
-def train_tms(
-    config: TMSTargetConfig, data: SparseFeatureDataConfig, seed: int
-) -> tuple[TMS, float]:
-    """Train with AdamW on the mean squared error; returns the model and its mean last loss."""
-    cpu = torch.device("cpu")
-    model = TMS(config, stream(seed, "target_init", device=cpu))
-    # The transpose of one weight serves both layers while training; linear2's copy follows.
-    weight, bias = model.linear1.weight, model.linear2.bias
-    optimizer = torch.optim.AdamW(
-        [weight, bias], lr=config.lr, weight_decay=config.weight_decay, fused=True
-    )
-    losses: list[Float[Tensor, ""]] = []
-    for step in range(config.steps):
-        randomness = StepRandomness(seed, step, 0, 1, config.batch_size, cpu)
-        x = sparse_features(data, config.n_features, randomness.batch_stream("target_data"))
-        out = (x @ weight.T @ weight + bias).relu()
-        loss = (out - x).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    model.copy_tied_weight()
-    return model, torch.stack(losses[-100:]).mean().item()
-
-
-@torch.no_grad()
-def missing_features(model: TMS) -> list[int]:
-    """Features that do not survive: a single feature at 1 must come out above 1/2; NaN does not."""
-    out = model(torch.eye(model.n_features))
-    return [i for i in range(model.n_features) if not out[i, i] >= 0.5]
+def _load_custom(config: CustomTargetConfig) -> Target:
+    """An importable module, with the weights that its own from_pretrained finds."""
+    module_name, _, name = config.class_path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module_name), name)
+        module = made() if config.pretrained is None else made.from_pretrained(config.pretrained)
+    except (ImportError, AttributeError, OSError, ValueError) as error:
+        raise ValueError(
+            f"target.class_path={config.class_path}, target.pretrained={config.pretrained}: "
+            f"{error}. Without network, set HF_HUB_OFFLINE=1 and give a local folder"
+        ) from error
+    assert isinstance(module, nn.Module)
+    # A cache of keys and values is of no use in one forward pass, and costs memory.
+    settings: Any = getattr(module, "config", None)
+    if hasattr(settings, "use_cache"):
+        settings.use_cache = False
+    return Target(module, config.output, None)

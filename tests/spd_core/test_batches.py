@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spd_core.batches import autocast, training_batches
+from spd_core.data.batches import autocast, training_batches
 from spd_core.distributed import Dist
 
 CPU = torch.device("cpu")

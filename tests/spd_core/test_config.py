@@ -15,7 +15,9 @@ def test_yaml_round_trip(make_config, tmp_path):
 def test_digest_depends_on_values_alone(make_config):
     one, same = make_config("seed=1").target, make_config("seed=2").target
     assert config_digest(one) == config_digest(same)
-    assert config_digest(one) != config_digest(make_config("target.lr=2e-2").target)
+    assert config_digest(one) != config_digest(
+        make_config("target.lr.start=2e-2", "target.lr.end=2e-2").target
+    )
 
 
 def test_configs_are_frozen(make_config):

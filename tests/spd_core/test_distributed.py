@@ -11,9 +11,9 @@ import torch
 from test_step import EVERY_LOSS, LIVELY, ON, OTHER_SCOPES
 
 from spd_core import distributed
-from spd_core.batches import make_batch
 from spd_core.checkpoint import newest_valid_checkpoint
 from spd_core.component_model import ComponentModel
+from spd_core.data.batches import make_batch
 from spd_core.distributed import Dist
 from spd_core.evaluate import due_metrics, evaluate
 from spd_core.losses import prepare_step
@@ -24,7 +24,7 @@ from spd_core.targets.tms import TMS
 from spd_core.train import build_optimizer, train
 
 CPU = torch.device("cpu")
-# Two, three and four divide the training batch; none of them the other two.
+# Two, three and four divide the training batch, and none of them the batch of evaluation.
 SIZES = ("train.batch_size=48", "eval.batch_size=35")
 MULTIBATCH = "when:fast,init:random,step_size:0.2,n_steps:2,n_batches:2,routing:all"
 CONFIGS = {

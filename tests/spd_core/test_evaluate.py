@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spd_core.batches import make_batch
+from spd_core.data.batches import make_batch
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
 from spd_core.randomness import StepRandomness
 
@@ -18,7 +18,7 @@ def evaluated(config, model, step, dist, folder):
 def batches(config, model):
     for i in range(config.eval.steps):
         randomness = StepRandomness(
-            config.seed, i, 0, 1, config.eval.batch_size, torch.device("cpu")
+            config.seed, i, 0, 1, config.eval.batch_size, torch.device("cpu"), "eval"
         )
         yield make_batch(config, model, randomness, "eval")
 

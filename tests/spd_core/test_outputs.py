@@ -214,7 +214,7 @@ def test_an_evaluation_of_a_language_model(make_config, one_process, tmp_path, m
         drawn.append(torch.randint(0, VOCAB, (32, SEQ), generator=generator))
         return drawn[-1]
 
-    monkeypatch.setattr("spd_core.batches.draw_examples", draw)
+    monkeypatch.setattr("spd_core.data.batches.draw_examples", draw)
     got = evaluate(
         config, model, 3, config.eval.metrics.configured(), None, 1.0, one_process, tmp_path
     )

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from spd_core.batches import training_batches
 from spd_core.config import RunConfig
+from spd_core.data.batches import training_batches
 from spd_core.parts import load_part
 from spd_core.run_dir import read_metrics
 from spd_core.train import build_model, faithfulness_warm_up, train
@@ -25,7 +25,8 @@ REPO = Path(__file__).parents[2]
 PAGE = (REPO / "docs" / "extending.md").read_text()
 (COMMAND,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 (MISTAKES,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
-SMALL = ["cluster=local", "target.steps=150", "target.batch_size=256", "target.lr=3e-2",
+SMALL = ["cluster=local", "target.steps=150", "target.batch_size=256", 
+         "target.lr={kind:constant,start:3e-2,end:3e-2,warmup_fraction:0}",
          "train.steps=4", "train.batch_size=64", "train.device=cpu", "eval.every=2",
          "eval.slow_every=4", "eval.steps=2", "eval.batch_size=32", "track.log_every=1",
          "checkpoint.every_steps=2"]  # fmt: skip

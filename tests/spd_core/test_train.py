@@ -5,9 +5,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from spd_core.batches import make_batch
 from spd_core.checkpoint import checkpoint_steps, newest_valid_checkpoint
 from spd_core.config.metrics import MetricsConfig
+from spd_core.data.batches import make_batch
 from spd_core.losses.faithfulness import faithfulness
 from spd_core.randomness import StepRandomness
 from spd_core.run_dir import read_metrics, read_status, write_atomic
@@ -201,7 +201,9 @@ def test_figures_never_change_the_weights(start, make_config, monkeypatch):
 
 
 def test_what_is_alive_survives_a_stop(start, make_config):
-    config = make_config("+eval.metrics.alive_components={when:1,threshold:0.1,n_examples:1000}")
+    config = make_config(
+        "+eval.metrics.alive_components={when:1,threshold:0.1,n_examples:1000}", "seed=1"
+    )
     whole, _ = start("whole", config)
     stopped, _ = start("stopped", config, stop_after(4))
     start("stopped", config)

@@ -11,9 +11,9 @@ from rich.console import Console
 from test_distributed import free_port
 
 from spd_core import distributed
-from spd_core.batches import training_batches
 from spd_core.ci_fns import CausalImportance
 from spd_core.config.metrics import AliveComponentsConfig, CiL0Config
+from spd_core.data.batches import training_batches
 from spd_core.distributed import Dist
 from spd_core.metrics.training import AliveComponents, CiObserver
 from spd_core.run_dir import read_metrics
@@ -60,6 +60,18 @@ def test_a_value_at_the_threshold_is_not_important():
     lower = torch.full((4, C), THRESHOLD)
     alive.observe({"a": CausalImportance(lower, lower + 1, lower + 1)}, ONE)
     assert alive.n_alive(ONE) == {"a": 0}
+
+
+def test_a_module_at_fewer_positions_forgets_as_fast_as_the_others():
+    """Position embeddings run once for the 4 examples of a batch; all last 2 batches of 4 x 3."""
+    config = AliveComponentsConfig(when="fast", threshold=THRESHOLD, n_examples=24)
+    alive = AliveComponents(config, {n: torch.full((C,), 24) for n in ("tokens", "positions")})
+    counts = []
+    for value in (1.0, 0.0, 0.0):
+        lower = {"tokens": torch.full((4, 3, C), value), "positions": torch.full((1, 3, C), value)}
+        alive.observe({n: CausalImportance(v, v, v) for n, v in lower.items()}, ONE)
+        counts.append(alive.n_alive(ONE))
+    assert counts == [{"tokens": n, "positions": n} for n in (C, C, 0)]
 
 
 @given(st.integers(0, 99), st.integers(1, 9))

@@ -6,17 +6,41 @@ from torch import Tensor
 
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
+from spd_core.config.targets import (
+    CustomTargetConfig,
+    ResidMLPTargetConfig,
+    SparseFeatureDataConfig,
+    TMSTargetConfig,
+)
 from spd_core.data.sparse import sparse_features
 from spd_core.distributed import Dist
 from spd_core.losses.batch import Batch, Batches
 from spd_core.randomness import StepRandomness
+
+FeatureTarget = TMSTargetConfig | ResidMLPTargetConfig | CustomTargetConfig
 
 
 def draw_examples(
     config: RunConfig, randomness: StepRandomness, purpose: str
 ) -> Float[Tensor, "batch ..."]:
     stream = randomness.batch_stream(f"{purpose}:data")
-    return sparse_features(config.data, config.target.n_features, stream)
+    match config.data:
+        case SparseFeatureDataConfig():
+            return sparse_features(config.data, n_features(config), stream)
+        case _:
+            raise NotImplementedError(config.data.kind)
+
+
+def n_features(config: RunConfig) -> int:
+    """Size of the target's input, where that is a vector of features.
+
+    Raises:
+        ValueError: it is not, or nobody says how many there are.
+    """
+    target = config.target
+    if isinstance(target, FeatureTarget) and target.n_features is not None:
+        return target.n_features
+    raise ValueError(f"target.kind={target.kind} has no features (target.n_features)")
 
 
 def make_batch(
