@@ -12,10 +12,9 @@ from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.config.losses import ImportanceMinimalityConfig
-from spd_core.data.batches import autocast, training_batches
+from spd_core.data.batches import Batch, Batches, autocast, training_batches
 from spd_core.distributed import Dist
 from spd_core.losses import Step, loss_parts, prepare_step
-from spd_core.losses.batch import Batch, Batches
 from spd_core.schedule import annealed_p, coefficient, schedule_value
 
 ObserveCi = Callable[[dict[str, CausalImportance]], None]

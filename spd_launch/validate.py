@@ -8,8 +8,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from spd_core.config import RunConfig
-from spd_core.config.targets import ResidMLPTargetConfig, TargetConfig, TMSTargetConfig
 from spd_core.parts import check_parts
+from spd_core.targets.config import ResidMLPTargetConfig, TargetConfig, TMSTargetConfig
 from spd_launch.errors import LaunchError, nearest
 
 

@@ -21,7 +21,7 @@ from spd_core.config.base import (
 )
 from spd_core.config.losses import LossesConfig
 from spd_core.config.metrics import MetricsConfig
-from spd_core.config.targets import DataConfig, TargetConfig
+from spd_core.targets.config import DataConfig, TargetConfig
 
 # ---------------------------------------------------------------- decomposition
 

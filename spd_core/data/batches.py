@@ -1,21 +1,48 @@
 """From a config to the batches of a step, with all that the losses share."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
-from spd_core.config.targets import (
+from spd_core.data.sparse import sparse_features
+from spd_core.distributed import Dist
+from spd_core.randomness import StepRandomness
+from spd_core.targets.config import (
     CustomTargetConfig,
     ResidMLPTargetConfig,
     SparseFeatureDataConfig,
     TMSTargetConfig,
 )
-from spd_core.data.sparse import sparse_features
-from spd_core.distributed import Dist
-from spd_core.losses.batch import Batch, Batches
-from spd_core.randomness import StepRandomness
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The examples of one rank, or of one of its microbatches."""
+
+    examples: Float[Tensor, "batch ..."]
+    target_out: Float[Tensor, "batch ..."]
+    inputs: dict[str, Float[Tensor, "batch ... d_in"]]
+    ci: dict[str, CausalImportance]
+    randomness: StepRandomness
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The shape of one example's positions: () or (seq,)."""
+        return tuple(next(iter(self.ci.values())).lower.shape[1:-1])
+
+    @property
+    def n_positions(self) -> int:
+        return next(iter(self.ci.values())).lower[..., 0].numel()
+
+
+Batches = Callable[[], Iterable[Batch]]
+"""All parts of a rank's batch, the same ones at every call."""
 
 FeatureTarget = TMSTargetConfig | ResidMLPTargetConfig | CustomTargetConfig
 

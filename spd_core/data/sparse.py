@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_core.config.targets import SparseFeatureDataConfig
 from spd_core.randomness import BatchStream
+from spd_core.targets.config import SparseFeatureDataConfig
 
 
 def sparse_features(

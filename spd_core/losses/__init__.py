@@ -18,8 +18,8 @@ from spd_core.config.losses import (
     ReconConfig,
     SubsetReconConfig,
 )
+from spd_core.data.batches import Batch, Batches
 from spd_core.distributed import Dist
-from spd_core.losses.batch import Batch, Batches
 from spd_core.losses.distance import LossParts
 from spd_core.losses.faithfulness import faithfulness
 from spd_core.losses.minimality import (

@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
+from spd_core.data.batches import Batches
 from spd_core.distributed import Dist, all_sum_with_grad
-from spd_core.losses.batch import Batches
 from spd_core.losses.distance import LossParts
 
 EPS = 1e-12

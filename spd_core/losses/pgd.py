@@ -7,8 +7,8 @@ from torch import Tensor
 
 from spd_core.component_model import ComponentModel
 from spd_core.config.losses import PGDConfig
+from spd_core.data.batches import Batch, Batches
 from spd_core.distributed import Dist, all_sum
-from spd_core.losses.batch import Batch, Batches
 from spd_core.losses.distance import LossParts
 from spd_core.losses.recon import Routes, Routing, draw_routes, masked_distance, total
 from spd_core.masks import Sources, masks_from_sources

@@ -6,7 +6,7 @@ import torch
 
 from spd_core.component_model import Cache, ComponentModel, MaskInfo
 from spd_core.config.losses import StaticProbabilityConfig, UniformKSubsetConfig
-from spd_core.losses.batch import Batch
+from spd_core.data.batches import Batch
 from spd_core.losses.distance import LossParts, distance
 from spd_core.masks import stochastic_masks
 from spd_core.routing import Route, route_all, route_static_probability, route_uniform_k_subset

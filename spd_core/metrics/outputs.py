@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from spd_core.component_model import ComponentModel, MaskInfo
 from spd_core.config.metrics import ModuleSet
-from spd_core.losses.batch import Batch
+from spd_core.data.batches import Batch
 from spd_core.losses.distance import distance
 from spd_core.losses.recon import draw_masks
 from spd_core.routing import route_all

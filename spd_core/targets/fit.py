@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_core.config.targets import TrainedTargetConfig
 from spd_core.schedule import schedule_value
+from spd_core.targets.config import TrainedTargetConfig
 
 N_LAST = 100
 

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spd_core.config.targets import SparseFeatureDataConfig, TMSTargetConfig
 from spd_core.data.sparse import sparse_features
 from spd_core.randomness import StepRandomness, stream
+from spd_core.targets.config import SparseFeatureDataConfig, TMSTargetConfig
 from spd_core.targets.fit import fit
 
 CPU = torch.device("cpu")

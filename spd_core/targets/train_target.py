@@ -17,13 +17,13 @@ from torch import nn
 
 from spd_core.checkpoint import fsync
 from spd_core.config import RunConfig, config_digest
-from spd_core.config.targets import (
+from spd_core.randomness import stream
+from spd_core.targets.config import (
     CustomTargetConfig,
     ResidMLPTargetConfig,
     SparseFeatureDataConfig,
     TMSTargetConfig,
 )
-from spd_core.randomness import stream
 from spd_core.targets.resid_mlp import ResidMLP, resid_mlp_problem, train_resid_mlp
 from spd_core.targets.tms import TMS, tms_problem, train_tms
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel, MaskInfo
+from spd_core.data.batches import Batch
 from spd_core.losses import loss_parts, prepare_step
-from spd_core.losses.batch import Batch
 from spd_core.losses.distance import distance
 from spd_core.losses.faithfulness import faithfulness
 from spd_core.losses.minimality import importance_minimality, power_sums

@@ -9,8 +9,8 @@ from torch import nn
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config.metrics import ModuleSet
+from spd_core.data.batches import Batch
 from spd_core.evaluate import check_metrics, evaluate
-from spd_core.losses.batch import Batch
 from spd_core.metrics.outputs import ce_and_kl_sums, ce_and_kl_values, subset_ce_and_kl_sums
 from spd_core.randomness import StepRandomness
 

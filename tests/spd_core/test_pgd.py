@@ -14,10 +14,10 @@ from torch import nn
 
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
+from spd_core.data.batches import Batch
 from spd_core.distributed import Dist
 from spd_core.evaluate import due_metrics, evaluate
 from spd_core.losses import loss_parts, pgd, prepare_step
-from spd_core.losses.batch import Batch
 from spd_core.randomness import StepRandomness
 
 CPU = torch.device("cpu")

@@ -2,9 +2,9 @@ import pytest
 import torch
 from scipy.stats import binomtest, chisquare, kstest
 
-from spd_core.config.targets import SparseFeatureDataConfig
 from spd_core.data.sparse import sparse_features
 from spd_core.randomness import StepRandomness
+from spd_core.targets.config import SparseFeatureDataConfig
 
 
 def draw(generation, p, rank=0, world=1, step=0, value_range="zero_to_one", synced=()):

@@ -6,9 +6,8 @@ import torch
 
 from spd_core.config.losses import LossesConfig
 from spd_core.data import batches as batches_module
-from spd_core.data.batches import training_batches
+from spd_core.data.batches import Batch, training_batches
 from spd_core.evaluate import due_metrics, evaluate
-from spd_core.losses.batch import Batch
 from spd_core.losses.distance import LossParts
 from spd_core.step import accumulate_gradients, coefficients, optimisation_step
 from spd_core.train import build_optimizer

@@ -133,16 +133,34 @@ class TextDataConfig(BaseConfig):
     source: Literal["stories", "files", "hub"] = Field(
         description="generated here, local text/JSONL/parquet, or a Hugging Face dataset"
     )
-    path: str | None = Field(description="glob of local files, or name of the dataset")
+    path: str | None = Field(
+        description="glob of .txt, .jsonl and .parquet files, or a Hugging Face name or folder"
+    )
+    split: str | None = Field(description="of the Hugging Face dataset, train for example")
     column: str | None = Field(description="field that holds the text; null for plain text")
+    n_documents: Count | None = Field(
+        description="how many stories, or the first of the files or the dataset, which is then "
+        "streamed and not downloaded whole; null = all"
+    )
     tokenizer: str | None = Field(
         description="Hugging Face name or folder; null = trained on the corpus"
     )
-    vocab_size: Count = Field(description="of a tokenizer that is trained here")
-    n_stories: Count = Field(description="size of the generated corpus")
+    vocab_size: Annotated[int, Field(ge=257)] = Field(
+        description="of a tokenizer that is trained here: 256 bytes, end of text, and merges"
+    )
     seq_len: Count
-    eval_fraction: Fraction = Field(description="share of the documents kept for evaluation")
-    seed: Seed
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="share of the documents kept for evaluation"
+    )
+    seed: Seed = Field(description="of the stories and of the choice of evaluation documents")
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> Self:
+        needed = {"stories": ["n_documents"], "files": ["path"], "hub": ["path", "split", "column"]}
+        missing = [f"data.{n}" for n in needed[self.source] if getattr(self, n) is None]
+        if missing:
+            raise ValueError(f"data.source={self.source} needs {' and '.join(missing)}")
+        return self
 
 
 DataConfig = Annotated[
