@@ -17,8 +17,8 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
+from spd_core.base_config import CustomConfig
 from spd_core.config import RunConfig
-from spd_core.config.base import CustomConfig
 from spd_core.config.metrics import CustomMetricConfig
 
 POSITIONAL = {

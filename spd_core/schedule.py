@@ -2,7 +2,7 @@
 
 import math
 
-from spd_core.config.base import ScheduleConfig
+from spd_core.base_config import ScheduleConfig
 from spd_core.config.losses import ImportanceMinimalityConfig
 
 

@@ -54,12 +54,12 @@ class Tracker:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+            TextColumn("{task.fields[loss]}"),
             console=console,
             disable=not console.is_terminal,
         )
         self.task = self.progress.add_task(
-            "decompose", total=self.steps, completed=first_step, rate="", losses=""
+            "decompose", total=self.steps, completed=first_step, rate="", loss=""
         )
 
     def __enter__(self) -> Self:
@@ -89,8 +89,7 @@ class Tracker:
                 f"step {step}/{self.steps}  {self._rate(step)}  {text}", soft_wrap=True
             )
         if losses:
-            short = "  ".join(f"{_initials(name)} {value:.1e}" for name, value in losses.items())
-            self.progress.update(self.task, losses=short)
+            self.progress.update(self.task, loss=f"loss {losses['total']:.2e}")
 
     def log_figures(self, step: int, folder: Path) -> None:
         """Show the PNGs of a folder in W&B."""
@@ -127,20 +126,6 @@ class Tracker:
     def _rate(self, step: int) -> str:
         elapsed = max(time.monotonic() - self.started, 1e-9)
         return f"{(step - self.first_step) / elapsed:.0f} steps/s"
-
-
-def _initials(name: str) -> str:
-    """`stochastic_recon_layerwise` becomes `stoch-layer`, short enough for a progress bar."""
-    short = {
-        "importance": "imp",
-        "minimality": "min",
-        "faithfulness": "faith",
-        "stochastic": "stoch",
-        "layerwise": "layer",
-        "unmasked": "unm",
-    }
-    words = [short.get(w, w) for w in name.split("_") if w not in ("recon", "masked")]
-    return "-".join(words)
 
 
 class _Wandb:

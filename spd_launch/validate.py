@@ -9,8 +9,17 @@ from pydantic_core import ErrorDetails
 
 from spd_core.config import RunConfig
 from spd_core.parts import check_parts
-from spd_core.targets.config import ResidMLPTargetConfig, TargetConfig, TMSTargetConfig
+from spd_core.targets.config import (
+    CustomTargetConfig,
+    InductionTargetConfig,
+    ResidMLPTargetConfig,
+    TargetConfig,
+    TMSTargetConfig,
+    TransformerTargetConfig,
+)
 from spd_launch.errors import LaunchError, nearest
+
+LLAMA_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def known_modules(target: TargetConfig) -> list[str]:
@@ -20,7 +29,15 @@ def known_modules(target: TargetConfig) -> list[str]:
             return ["linear1", *(f"hidden_layers.{i}" for i in range(n)), "linear2"]
         case ResidMLPTargetConfig(n_layers=n):
             return [f"layers.{i}.{part}" for i in range(n) for part in ("mlp_in", "mlp_out")]
-        case _:
+        case InductionTargetConfig(n_layers=n):
+            parts = ("q_proj", "k_proj", "v_proj", "out_proj")
+            blocks = [f"blocks.{i}.attn.{part}" for i in range(n) for part in parts]
+            return ["wte", *blocks, "lm_head"]
+        case TransformerTargetConfig(kind=kind, n_layers=n):
+            mlp = ("c_fc", "down_proj") if kind != "llama_simple" else LLAMA_MLP
+            parts = [*(f"attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}" for p in mlp)]
+            return ["wte", *(f"h.{i}.{part}" for i in range(n) for part in parts), "lm_head"]
+        case CustomTargetConfig():
             return []
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from spd_core.config.base import (
+from spd_core.base_config import (
     BaseConfig,
     Count,
     CustomConfig,

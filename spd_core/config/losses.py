@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from spd_core.config.base import BaseConfig, Count, CustomConfig, Fraction, Named, ScheduleConfig
+from spd_core.base_config import BaseConfig, Count, CustomConfig, Fraction, Named, ScheduleConfig
 
 When = Literal["fast", "slow"] | Count
 """fast = at every eval, slow = at the slow ones, a number = every so many steps."""
@@ -117,6 +117,8 @@ class LossesConfig(LossNames):
     def _each_has_a_coeff(self) -> Self:
         if not self.configured():
             raise ValueError(f"at least one loss is needed: {', '.join(type(self).model_fields)}")
+        if "total" in self.configured():
+            raise ValueError("total is the name of the weighted sum; call your loss otherwise")
         for name, loss in self.configured().items():
             if loss.coeff is None or loss.when is not None:
                 raise ValueError(f"{name} needs a coeff, and no `when`: losses.{name}.coeff=1.0")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from spd_core.config.base import BaseConfig, Count, CustomConfig, Fraction
+from spd_core.base_config import BaseConfig, Count, CustomConfig, Fraction
 from spd_core.config.losses import LossNames, PGDConfig, SubsetRouting, When
 
 

@@ -2,21 +2,28 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from rich.console import Console
 from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
+from spd_core.data.induction import induction_sequences
 from spd_core.data.sparse import sparse_features
+from spd_core.data.text import TokenData, load_or_tokenise, token_batch
 from spd_core.distributed import Dist
 from spd_core.randomness import StepRandomness
 from spd_core.targets.config import (
     CustomTargetConfig,
+    InductionDataConfig,
     ResidMLPTargetConfig,
     SparseFeatureDataConfig,
+    TextDataConfig,
     TMSTargetConfig,
 )
 
@@ -54,8 +61,22 @@ def draw_examples(
     match config.data:
         case SparseFeatureDataConfig():
             return sparse_features(config.data, n_features(config), stream)
-        case _:
-            raise NotImplementedError(config.data.kind)
+        case InductionDataConfig():
+            return induction_sequences(config.data, stream)[:, :-1]
+        case TextDataConfig():
+            split = "eval" if randomness.phase == "eval" else "train"
+            return token_batch(token_data(config.data, config.launch.out_dir), split, randomness)
+
+
+def token_data(data: TextDataConfig, out_dir: Path) -> TokenData:
+    """The tokenised corpus, opened once per process."""
+    return _token_data(data.model_dump_json(), out_dir)
+
+
+@cache
+def _token_data(data_json: str, out_dir: Path) -> TokenData:
+    data = TextDataConfig.model_validate_json(data_json)
+    return load_or_tokenise(data, out_dir / "data", Console())
 
 
 def n_features(config: RunConfig) -> int:

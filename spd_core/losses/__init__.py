@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_core.base_config import CustomConfig
 from spd_core.component_model import ComponentModel
-from spd_core.config.base import CustomConfig
 from spd_core.config.losses import (
     AnyLossConfig,
     FaithfulnessConfig,

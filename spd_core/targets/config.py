@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from spd_core.config.base import BaseConfig, Count, Fraction, ScheduleConfig, Seed
+from spd_core.base_config import BaseConfig, Count, Fraction, ScheduleConfig, Seed
 
 
 class TrainedTargetConfig(BaseConfig):

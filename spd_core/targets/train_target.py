@@ -15,17 +15,30 @@ from rich.console import Console
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from spd_core import distributed
 from spd_core.checkpoint import fsync
 from spd_core.config import RunConfig, config_digest
+from spd_core.data.batches import token_data
 from spd_core.randomness import stream
 from spd_core.targets.config import (
     CustomTargetConfig,
+    InductionDataConfig,
+    InductionTargetConfig,
     ResidMLPTargetConfig,
     SparseFeatureDataConfig,
+    TextDataConfig,
     TMSTargetConfig,
+    TransformerTargetConfig,
 )
+from spd_core.targets.induction import (
+    InductionTransformer,
+    induction_problem,
+    train_induction,
+)
+from spd_core.targets.pretrain import pretrain_on_text
 from spd_core.targets.resid_mlp import ResidMLP, resid_mlp_problem, train_resid_mlp
 from spd_core.targets.tms import TMS, tms_problem, train_tms
+from spd_core.targets.transformer import build
 
 
 @dataclass(frozen=True)
@@ -82,11 +95,20 @@ def untrained_target(config: RunConfig, generator: torch.Generator) -> nn.Module
             return TMS(config.target, generator)
         case ResidMLPTargetConfig():
             return ResidMLP(config.target, generator)
-        case _:
-            raise NotImplementedError(config.target.kind)
+        case InductionTargetConfig():
+            assert isinstance(config.data, InductionDataConfig)
+            return InductionTransformer(config.target, config.data, generator)
+        case TransformerTargetConfig():
+            assert isinstance(config.data, TextDataConfig)
+            n_tokens = token_data(config.data, config.launch.out_dir).vocab_size
+            return build(config.target, n_tokens, config.data.seq_len, generator)
+        case CustomTargetConfig():
+            return _load_custom(config.target).module
 
 
-def _train(config: RunConfig, seed: int) -> tuple[nn.Module, float, str | None]:
+def _train(
+    config: RunConfig, seed: int, folder: Path, console: Console
+) -> tuple[nn.Module, float, str | None]:
     """A trained target, its loss, and what is wrong with it."""
     match config.target, config.data:
         case TMSTargetConfig(), SparseFeatureDataConfig():
@@ -95,8 +117,24 @@ def _train(config: RunConfig, seed: int) -> tuple[nn.Module, float, str | None]:
         case ResidMLPTargetConfig(), SparseFeatureDataConfig():
             model, loss = train_resid_mlp(config.target, config.data, seed)
             return model, loss, resid_mlp_problem(model)
+        case InductionTargetConfig(), InductionDataConfig():
+            model, loss = train_induction(config.target, config.data, seed)
+            return model, loss, induction_problem(model, config.target, config.data)
+        case TransformerTargetConfig(), TextDataConfig():
+            data = token_data(config.data, config.launch.out_dir)
+            target = config.target.model_copy(update={"seed": seed})
+            here = distributed.Dist(0, 1, torch.device(_device(config)))
+            work = folder.with_name(f".{folder.name}.pretrain")
+            model, loss = pretrain_on_text(target, data, here, work, console)
+            shutil.rmtree(work)
+            return model.cpu(), loss, None
         case _:
-            raise NotImplementedError(config.target.kind)
+            raise AssertionError(config.target.kind)
+
+
+def _device(config: RunConfig) -> str:
+    use_cuda = config.train.device != "cpu" and torch.cuda.is_available()
+    return "cuda" if use_cuda else "cpu"
 
 
 def _train_into(config: RunConfig, folder: Path, console: Console) -> None:
@@ -104,11 +142,11 @@ def _train_into(config: RunConfig, folder: Path, console: Console) -> None:
     assert not isinstance(config.target, CustomTargetConfig)
     first, n_seeds = config.target.seed, config.target.n_seeds
     for seed in range(first, first + n_seeds):
-        with console.status(f"training the target (seed {seed}, {config.target.steps} steps)"):
-            module, loss, problem = _train(config, seed)
+        console.print(f"training the target (seed {seed}, {config.target.steps} steps)")
+        module, loss, problem = _train(config, seed, folder, console)
         if problem is None:
             console.print(f"target trained with seed {seed}: loss {loss:.2e}")
-            return _keep(config, module, {"seed": seed, "loss": loss}, folder)
+            return keep(config, module, {"seed": seed, "loss": loss}, folder)
         console.print(f"target seed {seed} {problem}: next seed")
     raise ValueError(
         f"no target of seeds {first} to {first + n_seeds - 1} is good; "
@@ -116,9 +154,10 @@ def _train_into(config: RunConfig, folder: Path, console: Console) -> None:
     )
 
 
-def _keep(
+def keep(
     config: RunConfig, module: nn.Module, record: dict[str, float | int], folder: Path
 ) -> None:
+    """Put a trained target into the store, whole or not at all."""
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         save_model(module, str(temporary / "target.safetensors"))

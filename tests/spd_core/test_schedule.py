@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spd_core.config.base import ScheduleConfig
+from spd_core.base_config import ScheduleConfig
 from spd_core.config.losses import ImportanceMinimalityConfig
 from spd_core.schedule import annealed_p, coefficient, schedule_value
 

@@ -35,3 +35,15 @@ def test_initial_weights_depend_on_the_stream_alone(other, make_config):
     assert torch.equal(first, make(make_config(), 0).linear1.weight)
     assert not torch.equal(first, make(make_config(), 1).linear1.weight)
     assert first.abs().max() <= 5**-0.5
+
+
+def test_identities_between_the_layers_change_nothing_and_never_train(make_config):
+    from spd_core.targets.tms import train_tms
+
+    config = make_config("target.n_hidden_layers=2", "target.steps=20")
+    model, _ = train_tms(config.target, config.data, 0)
+    plain, _ = train_tms(make_config("target.steps=20").target, config.data, 0)
+    for layer in model.hidden_layers:
+        assert torch.equal(layer.weight, torch.eye(2))
+    x = torch.rand(7, 5)
+    torch.testing.assert_close(model(x), plain(x))

@@ -58,3 +58,46 @@ def test_training_lowers_the_loss_and_keeps_weights_tied(make_config):
     model, late = train_tms(config.target, config.data, 0)
     assert late < early / 2
     assert torch.equal(model.linear2.weight, model.linear1.weight.T)
+
+
+def custom(make_config, class_path, pretrained=None, output=None):
+    from spd_core.targets.config import CustomTargetConfig
+
+    target = CustomTargetConfig(
+        kind="custom", class_path=class_path, pretrained=pretrained, n_features=None, output=output
+    )
+    return make_config().model_copy(update={"target": target})
+
+
+def test_a_custom_target_is_any_importable_module(make_config, tmp_path, monkeypatch):
+    (tmp_path / "my_net.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Sequential):\n"
+        "    def __init__(self):\n        super().__init__(nn.Linear(3, 2))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    target = load_or_train_target(custom(make_config, "my_net.Net"), tmp_path, QUIET)
+    assert target.module(torch.zeros(1, 3)).shape == (1, 2) and target.seed is None
+
+
+def test_a_pretrained_model_of_transformers_from_a_folder(make_config, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11, "n_positions": 6}
+    made = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    made.save_pretrained(tmp_path / "gpt2")
+    config = custom(
+        make_config, "transformers.GPT2LMHeadModel", str(tmp_path / "gpt2"), output="logits"
+    )
+    target = load_or_train_target(config, tmp_path, QUIET)
+    tokens = torch.randint(11, (2, 6))
+    torch.testing.assert_close(target.module.eval()(tokens).logits, made(tokens).logits)
+    assert target.output == "logits" and target.module.config.use_cache is False
+
+
+@pytest.mark.parametrize("class_path, pretrained", [
+    ("no_such_package.Net", None), ("torch.nn.NoSuchModule", None),
+    ("transformers.GPT2LMHeadModel", "no/such/folder/at/all"),
+])  # fmt: skip
+def test_a_custom_target_that_is_not_there_is_named(class_path, pretrained, make_config, tmp_path):
+    with pytest.raises(ValueError, match=rf"class_path={class_path}.*HF_HUB_OFFLINE"):
+        load_or_train_target(custom(make_config, class_path, pretrained), tmp_path, QUIET)
