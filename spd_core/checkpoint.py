@@ -40,9 +40,11 @@ def save_checkpoint(
     save_file(_tensors(model, optimizer) | {f"extra:{n}": t for n, t in extra.items()}, state)
     meta = {"step": step, "sha256": _sha256(state)}
     (temporary / "meta.json").write_text(json.dumps(meta))
-    for path in (state, temporary / "meta.json", temporary):
+    for path in (state, temporary / "meta.json"):
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
         fsync(path)
     temporary.chmod(0o755)
+    fsync(temporary)
     if folder.exists():
         set_aside(folder)
     os.rename(temporary, folder)

@@ -85,7 +85,10 @@ class CustomTargetConfig(BaseConfig):
     """Any importable nn.Module, for example a class of transformers."""
 
     kind: Literal["custom"]
-    class_path: str = Field(description="import path of the class, transformers.GPT2LMHeadModel")
+    class_path: str = Field(
+        pattern=r"^\w+(\.\w+)+$",
+        description="import path of the class, transformers.GPT2LMHeadModel",
+    )
     pretrained: str | None = Field(
         description="argument of its from_pretrained: a Hugging Face name or a folder; null = "
         "call the class without arguments"

@@ -163,9 +163,11 @@ def keep(
         save_model(module, str(temporary / "target.safetensors"))
         whole = {**record, "config": config.target.model_dump(mode="json")}
         (temporary / "target.json").write_text(json.dumps(whole, indent=2))
-        for path in (*temporary.iterdir(), temporary):
+        for path in temporary.iterdir():
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
             fsync(path)
         temporary.chmod(0o755)
+        fsync(temporary)
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

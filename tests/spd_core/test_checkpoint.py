@@ -134,3 +134,4 @@ def test_meta_names_the_step_and_folders_are_readable(trained, run_dir):
     folder = run_dir.checkpoints / "step_2"
     assert json.loads((folder / "meta.json").read_text())["step"] == 2
     assert folder.stat().st_mode & 0o777 == 0o755
+    assert all(file.stat().st_mode & 0o777 == 0o644 for file in folder.iterdir())
