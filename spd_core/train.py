@@ -34,9 +34,10 @@ def build_model(config: RunConfig, targets: Path, dist: Dist, console: Console) 
     model = model.to(dist.device)
     if dist.is_main:
         n_trained = sum(p.numel() for p in model.trained_parameters().values())
+        seed = "" if target.seed is None else f" of seed {target.seed}"
         modules = ", ".join(f"{name} C={c.C}" for name, c in model.components.items())
         console.print(
-            f"target seed {target.seed}; {modules}; {n_trained:,} trained parameters; "
+            f"{config.target.kind} target{seed}; {modules}; {n_trained:,} trained parameters; "
             f"batch {config.train.batch_size // dist.world_size} per rank x {dist.world_size}",
             soft_wrap=True,
         )
