@@ -87,10 +87,9 @@ def per_component(sums: dict[str, Float[Tensor, "C_plus_1"]], ylabel: str) -> Fi
     figure, axes = _grid(len(sums), width=5.5, height=2.8)
     for ax, (name, module_sums) in zip(axes, sums.items(), strict=True):
         means = (module_sums[:-1] / module_sums[-1]).sort(descending=True).values.cpu().numpy()
-        # A module whose subcomponents are all at 0 has no logarithm: those stand at the floor.
-        heights = np.maximum(means, 1e-6)
-        ax.stairs(heights, np.arange(len(means) + 1) - 0.5, fill=True, color=COLOR)
-        ax.set(yscale="log", ylim=(1e-6, 1), xlabel="subcomponent (sorted)", ylabel=ylabel)
+        ax.stairs(means, np.arange(len(means) + 1) - 0.5, fill=True, color=COLOR)
+        scale = "log" if means[0] > 0 else "linear"  # where all are at 0 there is no logarithm
+        ax.set(yscale=scale, ylim=(1e-6, 1), xlabel="subcomponent (sorted)", ylabel=ylabel)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         _title(ax, name)
     return figure
