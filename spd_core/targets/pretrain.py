@@ -114,7 +114,7 @@ def pretrain_on_text(
     folder: Path | None,
     console: Console,
 ) -> tuple[Transformer, float]:
-    """`pretrain` on a tokenised corpus."""
+    """`pretrain` on a tokenised corpus; says how a trigram model of the same corpus compares."""
     n, seq_len = config.batch_size, data.train.shape[1]
 
     def batch(split: Split, step: int) -> Tokens:
@@ -125,7 +125,12 @@ def pretrain_on_text(
     evals = [batch("eval", i) for i in range(n_eval)]
     decode = partial(load_tokenizer(data).decode, skip_special_tokens=False)
     given = (config, partial(batch, "train"), evals, data.vocab_size, seq_len, dist, folder)
-    return pretrain(*given, console, decode)
+    model, loss = pretrain(*given, console, decode)
+    if dist.is_main:
+        n_rows = TRIGRAM_TOKENS // seq_len
+        trigram = trigram_loss(data.train[:n_rows], data.eval[:n_rows], data.vocab_size)
+        console.print(f"validation loss {loss:.3f} nats, of a trigram model {trigram:.3f}")
+    return model, loss
 
 
 def training_step(
@@ -290,9 +295,6 @@ def main(config_file: Path) -> None:
             work = store / f".{folder.name}.pretrain"
             model, loss = pretrain_on_text(target, data, dist, work, console)
             if dist.is_main:
-                n_rows = TRIGRAM_TOKENS // config.data.seq_len
-                trigram = trigram_loss(data.train[:n_rows], data.eval[:n_rows], data.vocab_size)
-                console.print(f"validation loss {loss:.3f} nats, of a trigram model {trigram:.3f}")
                 keep(config, model, {"seed": target.seed, "loss": loss}, folder)
                 shutil.rmtree(work)
         console.print(f"the target is in {folder}", soft_wrap=True)
