@@ -191,8 +191,10 @@ def test_the_inherited_hidden_goes_to_a_class_that_declares_it(folder):
 def test_the_command_of_the_page(folder, tmp_path):
     """As a user types it, in the folder that holds my_parts/."""
     more = shlex.join([*SMALL, f"launch.out_dir={tmp_path}", "launch.snapshot=off"])
-    line = f"{COMMAND.strip()} {more}".replace("PYTHONPATH=$PWD", f"PYTHONPATH=$PWD:{REPO}")
-    line = line.replace(" python ", f" {sys.executable} ")
+    line = f"{COMMAND.strip()} {more}".replace(
+        "PYTHONPATH=$PWD", f"PYTHONPATH=$PWD:{shlex.quote(str(REPO))}"
+    )
+    line = line.replace(" python ", f" {shlex.quote(sys.executable)} ")
     done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
