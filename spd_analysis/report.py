@@ -55,7 +55,7 @@ img, svg { max-width: 100%; height: auto; display: block; margin: 0 auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 22px 5px 0; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } th { color: var(--quiet); font-weight: 600; }
-.tables { display: flex; gap: 56px; flex-wrap: wrap; }
+.tables { display: flex; gap: 56px; flex-wrap: wrap; align-items: flex-start; }
 .verdict { font-weight: 600; font-size: 18px; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 pre { font-size: 13px; overflow-x: auto; margin: 8px 0 0; }

@@ -84,7 +84,7 @@ def per_component(sums: dict[str, Float[Tensor, "C_plus_1"]], ylabel: str) -> Fi
 
     The last entry of `sums` is the number of positions.
     """
-    figure, axes = _grid(len(sums), width=5.5, height=2.8)
+    figure, axes = _grid(len(sums), width=3.8, height=2.6)
     for ax, (name, module_sums) in zip(axes, sums.items(), strict=True):
         means = (module_sums[:-1] / module_sums[-1]).sort(descending=True).values.cpu().numpy()
         ax.stairs(means, np.arange(len(means) + 1) - 0.5, fill=True, color=COLOR)
