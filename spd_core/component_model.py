@@ -1,6 +1,6 @@
 """A frozen target with components beside it: hooks put masked outputs in, and take inputs out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -41,12 +41,15 @@ class Cache:
     inner_acts: dict[str, Float[Tensor, "... C"]] = field(default_factory=dict)
 
 
-def expand_patterns(target: nn.Module, patterns: dict[str, int], where: str) -> dict[str, int]:
+def expand_patterns(
+    target: nn.Module, c_of: Mapping[str, int | None], where: str
+) -> dict[str, int]:
     """Module paths and their C, in the target's own order. `where` is the config field.
 
     Raises:
         ValueError: a pattern matches no decomposable module, or two match the same one.
     """
+    patterns = {pattern: C for pattern, C in c_of.items() if C is not None}
     paths = [
         name
         for name, module in target.named_modules()
@@ -117,6 +120,8 @@ class ComponentModel(nn.Module):
         self.components: dict[str, LinearComponents] = {}
         self.ci_fns: dict[str, nn.Module] = {}
         modules = expand_patterns(target, config.modules, "decompose.modules") | identities
+        if not modules:
+            raise ValueError("decompose.modules: no pattern has a number of subcomponents")
         for name, C in modules.items():
             own = stream(seed, f"components:{name}", device=cpu)
             components = make_components(name, target.get_submodule(name), C, own)

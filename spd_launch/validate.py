@@ -141,7 +141,8 @@ def _check_modules(config: RunConfig) -> None:
     known = known_modules(config.target)
     if not known:
         return  # the run itself finds out, before it trains
-    matches = {p: [m for m in known if fnmatchcase(m, p)] for p in config.decompose.modules}
+    patterns = [p for p, C in config.decompose.modules.items() if C is not None]
+    matches = {p: [m for m in known if fnmatchcase(m, p)] for p in patterns}
     for pattern, modules in matches.items():
         if not modules:
             raise LaunchError(

@@ -43,8 +43,8 @@ AnyCiFnConfig = Annotated[CiFnConfig | CustomCiFnConfig, Field(discriminator="ki
 
 
 class DecomposeConfig(BaseConfig):
-    modules: dict[str, Count] = Field(
-        min_length=1, description="fnmatch pattern of module paths -> number of subcomponents C"
+    modules: dict[str, Count | None] = Field(
+        description="fnmatch pattern of module paths -> number of subcomponents C; null = not these"
     )
     identity_modules: dict[str, Count] = Field(
         description="pattern -> C of an identity matrix before each module, PATH.pre_identity"

@@ -681,3 +681,11 @@ def test_all_ones_with_delta_is_a_target_in_half_precision_to_the_last_bit(words
     words.target.bfloat16()
     out, inputs = words.run_target(TOKENS)
     assert torch.equal(words.run_masked(TOKENS, masks_of_ones(words, inputs)), out)
+
+
+def test_a_pattern_without_a_number_is_left_out(make_config):
+    target = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    assert expand_patterns(target, {"0": None, "[01]": 5}, "decompose.modules") == {"0": 5, "1": 5}
+    nothing = make_config().decompose.model_copy(update={"modules": {"0": None}, "tied": []})
+    with pytest.raises(ValueError, match="no pattern has a number"):
+        ComponentModel(target, nothing, seed=0)
