@@ -113,8 +113,12 @@ def run(path: str) -> None:
         return
     try:
         outcome = _train(config, run_dir, place, stop)
-    except Exception:
-        mark(run_dir, "failed")
+    except Exception as error:
+        from spd_core.distributed import PeerFailed  # torch is loaded by now
+
+        # Who was stopped by another rank leaves the word to that one and to rank 0, who knows more.
+        if place.rank == 0 or not isinstance(error, PeerFailed):
+            mark(run_dir, "failed")
         raise
     if outcome == "stopped":
         _leave(config, place, stop)

@@ -249,6 +249,34 @@ def pid_of_rank(folder: LaunchDir, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
+FAILING = """
+from spd_core.component_model import ComponentModel
+from spd_core.data.batches import Batch
+from spd_core.losses.distance import LossParts
+
+
+def loss(model: ComponentModel, batch: Batch, *, at: int) -> LossParts:
+    if batch.randomness.step == at and batch.randomness.part == 3:
+        raise ArithmeticError("rank 3 has had enough")
+    return batch.target_out.sum() * 0, 1
+"""
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_error(
+    launch: Callable[..., tuple[LaunchDir, list[Task]]], project: Path, slurm: Cluster
+) -> None:
+    (project / "failing.py").write_text(FAILING)
+    loss = "losses.failing={path: failing.loss, coeff: 1.0, at: 12}"
+    folder, [task] = launch("dp=4", "cluster.nodes=2", "cluster.gpus_per_node=2", loss)
+    wait_for_steps(folder, task)
+    [job] = ledger.latest_jobs(folder).values()
+    wait_for(lambda: slurm.state(job) == "FAILED", 60, "the job to end")
+    wait_until(folder, task, "failed")
+    first = r"rank 3 on node\d failed first: ArithmeticError: rank 3 has had enough"
+    wait_for(lambda: re.search(first, log(folder)) is not None, 60, "rank 0 to say why")
+    wait_for(lambda: status(folder, task).step == 12, 10, "the step that was reached")
+
+
 def test_a_cancelled_run_stays_cancelled(
     launch: Callable[..., tuple[LaunchDir, list[Task]]], command: Command, slurm: Cluster
 ) -> None:
