@@ -57,11 +57,12 @@ FeatureTarget = TMSTargetConfig | ResidMLPTargetConfig | CustomTargetConfig
 def draw_examples(
     config: RunConfig, randomness: StepRandomness, purpose: str
 ) -> Float[Tensor, "batch ..."]:
-    stream = randomness.batch_stream(f"{purpose}:data")
     match config.data:
         case SparseFeatureDataConfig():
+            stream = randomness.batch_stream(f"{purpose}:data")
             return sparse_features(config.data, n_features(config), stream)
         case InductionDataConfig():
+            stream = randomness.batch_stream(f"{purpose}:data")
             return induction_sequences(config.data, stream)[:, :-1]
         case TextDataConfig():
             split = "eval" if randomness.phase == "eval" else "train"
