@@ -8,6 +8,7 @@ With --dp the ranks are processes of this machine; rank 0's times are printed.
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import time
@@ -25,6 +26,7 @@ from spd_core.targets.train_target import untrained_target
 from spd_core.train import build_optimizer
 from spd_launch.compose import compose
 from spd_launch.ports import free_port
+from spd_launch.task import MALLOC
 from spd_launch.validate import validate
 
 N_WARMUP = 5
@@ -45,10 +47,8 @@ def main() -> None:
     overrides.append(f"dp={arguments.dp}")
     config = validate(compose(overrides, multirun=False)[0].values)
     shared = (config, arguments.steps, arguments.device, arguments.threads, free_port("step", 0))
-    if arguments.dp == 1:
-        run_rank(0, *shared)
-    else:
-        spawn(run_rank, shared, nprocs=arguments.dp)
+    os.environ.update(MALLOC)  # read as a process starts, so one rank is a process of its own too
+    spawn(run_rank, shared, nprocs=arguments.dp)
 
 
 def run_rank(

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -41,14 +41,12 @@ class _LowerLeakyHard(torch.autograd.Function):
 
 
 def lower_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    result = _LowerLeakyHard.apply(x)
-    assert isinstance(result, Tensor)
-    return result
+    return cast(Tensor, _LowerLeakyHard.apply(x))
 
 
 def upper_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """clamp(x, 0, 1) up to 1, then rising with slope 0.01."""
-    return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(0, 1))
+    return x.clamp(0, 1) + LEAK * (x - 1).clamp(min=0)
 
 
 def swish_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -75,89 +73,62 @@ def apply_sigmoid(
             return CausalImportance(swish_hard(jittered), swish_hard(g), g)
 
 
-def _normal(*shape: int, std: float, generator: torch.Generator) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape, generator=generator) * std)
-
-
-class ParallelMLP(nn.Module):
-    """C small MLPs side by side, d_in -> hidden (GELU) -> 1, each on its own input.
-
-    The layout inside is (C, width, batch): every layer is one batched matmul and the elementwise
-    work runs along contiguous memory.
-    """
-
-    def __init__(self, C: int, d_in: int, hidden: list[int], generator: torch.Generator) -> None:
-        super().__init__()
-        self.d_in = d_in
-        widths = [d_in, *hidden, 1]
-        gains = [math.sqrt(2)] * len(hidden) + [1.0]
-        self.weights = nn.ParameterList(
-            _normal(C, b, a, std=gain / a**0.5, generator=generator)
-            for a, b, gain in zip(widths[:-1], widths[1:], gains, strict=True)
-        )
-        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(C, b, 1)) for b in widths[1:])
-
-    def forward(self, x: Float[Tensor, "C d_in batch"]) -> Float[Tensor, "C batch"]:
-        *inner, last = zip(self.weights, self.biases, strict=True)
-        for weight, bias in inner:
-            if weight.shape[-1] == 1:
-                # The bias rides as the weight of a second input of ones: one matmul forward, and
-                # its backward reduces over the batch in matmuls instead of broadcast products.
-                x = torch.bmm(torch.cat([weight, bias], 2), torch.cat([x, torch.ones_like(x)], 1))
-                x = F.gelu(x)
-            else:
-                x = F.gelu(torch.baddbmm(bias, weight, x))
-        weight, bias = last
-        return torch.baddbmm(bias, weight, x).squeeze(1)
-
-
-class SharedMLP(nn.Module):
-    """One MLP d_in -> hidden (GELU) -> C."""
-
-    def __init__(self, C: int, d_in: int, hidden: list[int], generator: torch.Generator) -> None:
-        super().__init__()
-        widths = [d_in, *hidden, C]
-        gains = [math.sqrt(2)] * len(hidden) + [1.0]
-        self.weights = nn.ParameterList(
-            _normal(b, a, std=gain / a**0.5, generator=generator)
-            for a, b, gain in zip(widths[:-1], widths[1:], gains, strict=True)
-        )
-        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
-
-    def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... C"]:
-        *inner, last = zip(self.weights, self.biases, strict=True)
-        for weight, bias in inner:
-            x = F.gelu(F.linear(x, weight, bias))
-        return F.linear(x, *last)
-
-
 class CiFn(nn.Module):
-    """The causal-importance function of one module: pre-sigmoid values from its input."""
+    """The causal-importance function of one module: pre-sigmoid values from its input.
+
+    `mlp` and `vector_mlp` are C small MLPs d_in -> hidden (GELU) -> 1 side by side. Their layout
+    inside is (C, width, batch): a layer is one batched matmul, and elementwise work runs along
+    contiguous memory. `shared_mlp` is one MLP d_in -> hidden (GELU) -> C.
+    """
 
     def __init__(self, config: CiFnConfig, C: int, d_in: int, generator: torch.Generator) -> None:
         super().__init__()
         self.kind: Literal["mlp", "vector_mlp", "shared_mlp"] = config.kind
         match config.kind:
             case "mlp":
-                self.mlp = ParallelMLP(C, 1, config.hidden, generator)
+                widths, copies, bias_end = [1, *config.hidden, 1], (C,), (1,)
             case "vector_mlp":
-                self.mlp = ParallelMLP(C, d_in, config.hidden, generator)
+                widths, copies, bias_end = [d_in, *config.hidden, 1], (C,), (1,)
             case "shared_mlp":
-                self.mlp = SharedMLP(C, d_in, config.hidden, generator)
+                widths, copies, bias_end = [d_in, *config.hidden, C], (), ()
+        gains = [math.sqrt(2)] * len(config.hidden) + [1.0]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for a, b, gain in zip(widths[:-1], widths[1:], gains, strict=True):
+            normal = torch.randn(*copies, b, a, generator=generator)
+            self.weights.append(nn.Parameter(normal * (gain / a**0.5)))
+            self.biases.append(nn.Parameter(torch.zeros(*copies, b, *bias_end)))
 
     def forward(
-        self, x: Float[Tensor, "... d_in"], inner_acts: Float[Tensor, "... C"]
+        self, x: Float[Tensor, "... d_in"], inner_acts: Float[Tensor, "... C"] | None
     ) -> Float[Tensor, "... C"]:
-        leading = inner_acts.shape[:-1]
+        """`inner_acts` are x V; only `mlp` looks at them, and it does not look at x."""
+        C = self.weights[0].shape[0]
         match self.kind:
             case "mlp":
-                flat = inner_acts.reshape(-1, inner_acts.shape[-1]).T.unsqueeze(1)
-                return self.mlp(flat).T.reshape(*leading, -1)
+                assert inner_acts is not None
+                each = inner_acts.reshape(-1, C).T.unsqueeze(1)
+                return self._parallel(each).T.reshape(inner_acts.shape)
             case "vector_mlp":
-                flat = x.reshape(-1, x.shape[-1]).T
-                return self.mlp(flat.expand(inner_acts.shape[-1], -1, -1)).T.reshape(*leading, -1)
+                same = x.reshape(-1, x.shape[-1]).T.expand(C, -1, -1)
+                return self._parallel(same).T.reshape(*x.shape[:-1], C)
             case "shared_mlp":
-                return self.mlp(x)
+                *inner, last = zip(self.weights, self.biases, strict=True)
+                for weight, bias in inner:
+                    x = F.gelu(F.linear(x, weight, bias))
+                return F.linear(x, *last)
+
+    def _parallel(self, x: Float[Tensor, "C d_in batch"]) -> Float[Tensor, "C batch"]:
+        *inner, last = zip(self.weights, self.biases, strict=True)
+        for weight, bias in inner:
+            if weight.shape[-1] == 1:
+                # The bias rides as the weight of a second input of ones: one matmul forward, and
+                # its backward reduces over the batch in matmuls instead of broadcast products.
+                x = torch.bmm(torch.cat([weight, bias], 2), torch.cat([x, torch.ones_like(x)], 1))
+            else:
+                x = torch.baddbmm(bias, weight, x)
+            x = F.gelu(x)
+        weight, bias = last
+        return torch.baddbmm(bias, weight, x).squeeze(1)
 
 
 def make_ci_fn(

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -194,23 +195,30 @@ class ComponentModel(nn.Module):
         batch: Float[Tensor, "batch ..."],
         masks: dict[str, MaskInfo],
         cache: Cache | None = None,
+        own_acts: Mapping[str, Float[Tensor, "... C"]] = MappingProxyType({}),
     ) -> Float[Tensor, "batch ..."]:
         """The output with the modules of `masks` on their components, the others unchanged.
 
         A cache is filled with what every decomposed module sees in this pass, masked or not.
+        `own_acts` are those of the target's own forward pass on this batch: what the first masked
+        module sees is no different, so its product with V need not be taken again.
         """
+        first: list[Tensor] = []
 
         def hook_of(name: str, info: MaskInfo | None) -> Any:
-            components = self.components[name]
-
             def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> Any:
                 x = _only_input(name, args, kwargs)
+                if info is not None and not first:
+                    first.append(x)
+                if name in own_acts and first and x is first[0]:
+                    inner_acts = own_acts[name]
+                else:
+                    inner_acts = self.components[name].inner_acts(x)
                 if cache is not None:
-                    cache.inputs[name] = x
-                    cache.inner_acts[name] = components.inner_acts(x)
+                    cache.inputs[name], cache.inner_acts[name] = x, inner_acts
                 if info is None:
                     return out
-                masked = components(x, out, info.mask, info.delta_mask)
+                masked = self.components[name](inner_acts, out, info.mask, info.delta_mask)
                 if info.route is None:
                     return masked
                 if info.route.dim() != out.dim() - 1:
@@ -224,35 +232,57 @@ class ComponentModel(nn.Module):
         with self._hooks({name: hook_of(name, masks.get(name)) for name in hooked}):
             return self._select(self.target(batch))
 
+    def own_acts(
+        self, inputs: dict[str, Float[Tensor, "... d_in"]]
+    ) -> dict[str, Float[Tensor, "... C"]]:
+        """x V on the target's own inputs, of the modules where that is needed more than once."""
+        first = next(iter(inputs.values()))
+        by_ci_fn = self.config.ci_fn.kind in ("mlp", "custom")
+        return {
+            name: self.components[name].inner_acts(x)
+            for name, x in inputs.items()
+            if by_ci_fn or x is first
+        }
+
     def causal_importances(
-        self, inputs: dict[str, Float[Tensor, "... d_in"]], noise: BatchStream | None
+        self,
+        inputs: dict[str, Float[Tensor, "... d_in"]],
+        noise: BatchStream | None,
+        own_acts: Mapping[str, Float[Tensor, "... C"]] | None = None,
     ) -> dict[str, CausalImportance]:
         """Causal importances of every module; `noise` jitters them under binomial sampling."""
+        own_acts = self.own_acts(inputs) if own_acts is None else own_acts
         result = {}
         for name, x in inputs.items():
-            g = self._pre_sigmoid(name, x)
+            g = self._pre_sigmoid(name, x, own_acts.get(name))
             jitter = None
             if self.config.sampling == "binomial" and noise is not None:
                 jitter = noise.uniform(*g.shape[1:])
             result[name] = apply_sigmoid(g, self.config.sigmoid, jitter)
         return result
 
-    def _pre_sigmoid(self, name: str, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... C"]:
+    def _pre_sigmoid(
+        self, name: str, x: Float[Tensor, "... d_in"], inner_acts: Float[Tensor, "... C"] | None
+    ) -> Float[Tensor, "... C"]:
         """The ci_fn's output, computed once for all positions whose input is zero.
 
         Most positions of sparse toy data are; skipping them would make a GPU wait for the count.
         """
-        components, ci_fn = self.components[name], self.ci_fns[name]
-        x = x.to(components.V.dtype) if x.is_floating_point() else x
+        ci_fn = self.ci_fns[name]
+        x = x.to(self.components[name].V.dtype) if x.is_floating_point() else x
         # A function of the user's own may look at several positions at once.
         whole = x.device.type == "cuda" or not x.is_floating_point() or not isinstance(ci_fn, CiFn)
         flat = x.reshape(-1, x.shape[-1])
         if whole or len(active := flat.any(-1).nonzero()[:, 0]) > len(flat) // 2:
-            return ci_fn(x, components.inner_acts(x))
-        distinct = torch.cat([flat.new_zeros(1, flat.shape[1]), flat[active]])
-        g = ci_fn(distinct, components.inner_acts(distinct))
+            return ci_fn(x, inner_acts)
+
+        def distinct(values: Float[Tensor, "... d"]) -> Float[Tensor, "n_distinct d"]:
+            values = values.reshape(len(flat), -1)
+            return torch.cat([values.new_zeros(1, values.shape[1]), values[active]])
+
+        g = ci_fn(distinct(x), None if inner_acts is None else distinct(inner_acts))
         place = torch.zeros(len(flat), dtype=torch.long)
-        place[active] = torch.arange(1, len(distinct))
+        place[active] = torch.arange(1, len(active) + 1)
         return g[place].reshape(*x.shape[:-1], -1)
 
     def _select(self, raw: Any) -> Float[Tensor, "batch ..."]:

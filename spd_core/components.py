@@ -84,24 +84,24 @@ class LinearComponents(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "... d_in"],
+        inner_acts: Float[Tensor, "... C"],
         target_out: Float[Tensor, "... d_out"],
         mask: Float[Tensor, "... C"] | None,
         delta_mask: Float[Tensor, "..."] | None,
     ) -> Float[Tensor, "... d_out"]:
-        """Masked output ((x V) * m) U + m_d x (W - (V U)^T)^T + b; no mask means all ones.
+        """Masked output ((x V) * m) U + m_d x (W - (V U)^T)^T + b, of `inner_acts` x V.
 
-        With y the module's own output on x, the delta term is m_d (y - b) - m_d (x V) U, so no
-        dense delta matrix is built.
+        No mask means all ones. With y the module's own output on x, the delta term is
+        m_d (y - b) - m_d (x V) U, so no dense delta matrix is built.
         """
-        inner, bias = self.inner_acts(x), self.bias
+        bias = self.bias
         if delta_mask is None:
-            out = (inner if mask is None else inner * mask) @ self.U
+            out = (inner_acts if mask is None else inner_acts * mask) @ self.U
             return (out if bias is None else out + bias).to(target_out.dtype)
         m_d = delta_mask.unsqueeze(-1)
         difference = (1 if mask is None else mask) - m_d
         y = target_out if bias is None else target_out - bias
-        out = torch.addcmul((inner * difference) @ self.U, m_d, y)
+        out = torch.addcmul((inner_acts * difference) @ self.U, m_d, y)
         return (out if bias is None else out + bias).to(target_out.dtype)
 
 

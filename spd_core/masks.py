@@ -51,4 +51,4 @@ def interpolate(
     ci: Float[Tensor, "... C"], source: Float[Tensor, "... C"]
 ) -> Float[Tensor, "... C"]:
     """m = ci + (1 - ci) r, written as r + ci (1 - r)."""
-    return source + ci * (1 - source)
+    return torch.addcmul(source, ci, 1 - source)

@@ -37,6 +37,7 @@ class Batch:
     inputs: dict[str, Float[Tensor, "batch ... d_in"]]
     ci: dict[str, CausalImportance]
     randomness: StepRandomness
+    own_acts: dict[str, Float[Tensor, "batch ... C"]]
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -98,8 +99,10 @@ def make_batch(
     """Examples, the target's output and causal importances of one part of a step."""
     examples = draw_examples(config, randomness, purpose)
     target_out, inputs = model.run_target(examples)
-    ci = model.causal_importances(inputs, randomness.batch_stream(f"{purpose}:binomial"))
-    return Batch(examples, target_out, inputs, ci, randomness)
+    own_acts = model.own_acts(inputs)
+    noise = randomness.batch_stream(f"{purpose}:binomial")
+    ci = model.causal_importances(inputs, noise, own_acts)
+    return Batch(examples, target_out, inputs, ci, randomness, own_acts)
 
 
 def training_batches(

@@ -55,7 +55,7 @@ def hidden_acts_recon(model: ComponentModel, batch: Batch, purpose: str) -> Loss
     for sample in range(model.config.n_mask_samples):
         cache = Cache()
         masks = draw_masks(model, batch, route_all(list(batch.ci)), f"{purpose}:{sample}")
-        model.run_masked(batch.examples, masks, cache)
+        model.run_masked(batch.examples, masks, cache, batch.own_acts)
         passes += [distance("mse", cache.inputs[n], batch.inputs[n]) for n in compared]
     return total(passes)
 
@@ -85,7 +85,7 @@ def draw_routes(batch: Batch, routing: Routing, purpose: str) -> list[Routes]:
 
 
 def masked_distance(model: ComponentModel, batch: Batch, masks: dict[str, MaskInfo]) -> LossParts:
-    pred = model.run_masked(batch.examples, masks)
+    pred = model.run_masked(batch.examples, masks, own_acts=batch.own_acts)
     return distance(model.config.distance, pred, batch.target_out)
 
 

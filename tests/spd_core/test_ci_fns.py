@@ -82,8 +82,8 @@ def by_hand(ci_fn, x, acts):
     """The pre-sigmoid values, one position and one subcomponent at a time."""
     for parameter in ci_fn.parameters():
         nn.init.normal_(parameter)
-    weights = [w.detach().numpy() for w in ci_fn.mlp.weights]
-    biases = [b.detach().numpy() for b in ci_fn.mlp.biases]
+    weights = [w.detach().numpy() for w in ci_fn.weights]
+    biases = [b.detach().numpy() for b in ci_fn.biases]
     g = np.empty(acts.shape)
     for *place, c in np.ndindex(acts.shape):
         h = acts[*place, c : c + 1] if ci_fn.kind == "mlp" else x[*place]

@@ -44,7 +44,7 @@ def test_masked_output_against_dense_matrices(bias, d_in, d_out, C, with_delta):
     linear = nn.Linear(d_in, d_out, bias).requires_grad_(False)
     c = LinearComponents(linear, C, generator())
     x, mask, delta = torch.randn(2, 3, d_in), torch.rand(2, 3, C), torch.rand(2, 3)
-    got = c(x, linear(x), mask, delta if with_delta else None)
+    got = c(c.inner_acts(x), linear(x), mask, delta if with_delta else None)
     b = linear.bias.numpy() if bias else 0
     delta = delta if with_delta else torch.zeros(2, 3)
     wanted = dense(linear.weight.numpy(), b, c, x.numpy(), mask, delta)
@@ -56,7 +56,7 @@ def test_masked_conv1d_against_dense_matrices(d_in, d_out, C, with_delta):
     module = conv1d(d_in, d_out)
     c = make_components("c", module, C, generator())
     x, mask, delta = torch.randn(2, 3, d_in), torch.rand(2, 3, C), torch.rand(2, 3)
-    got = c(x, module(x), mask, delta if with_delta else None)
+    got = c(c.inner_acts(x), module(x), mask, delta if with_delta else None)
     W, b = module.weight.numpy().T, module.bias.numpy()
     wanted = dense(W, b, c, x.numpy(), mask, delta if with_delta else torch.zeros(2, 3))
     assert c.V.shape == (d_in, C) and c.U.shape == (C, d_out)
@@ -68,7 +68,7 @@ def test_masked_embedding_against_dense_matrices(n_tokens, d_embed, C, with_delt
     module = nn.Embedding(n_tokens, d_embed, padding_idx=0).requires_grad_(False)
     c = make_components("e", module, C, generator())
     tokens, mask, delta = torch.randint(n_tokens, (2, 3)), torch.rand(2, 3, C), torch.rand(2, 3)
-    got = c(tokens, module(tokens), mask, delta if with_delta else None)
+    got = c(c.inner_acts(tokens), module(tokens), mask, delta if with_delta else None)
     one_hot, delta = np.eye(n_tokens)[tokens.numpy()], delta if with_delta else torch.zeros(2, 3)
     wanted = dense(module.weight.numpy().T, 0, c, one_hot, mask, delta)
     np.testing.assert_allclose(got.detach(), wanted, atol=1e-5)
@@ -80,7 +80,7 @@ def test_masked_embedding_against_dense_matrices(n_tokens, d_embed, C, with_delt
 def test_masked_identity_against_dense_matrices(d, n, C, with_delta):
     c = make_components("i", Identity(d), C, generator())
     x, mask, delta = torch.randn(2, n, d), torch.rand(2, n, C), torch.rand(2, n)
-    got = c(x, x, mask, delta if with_delta else None)
+    got = c(c.inner_acts(x), x, mask, delta if with_delta else None)
     wanted = dense(np.eye(d), 0, c, x.numpy(), mask, delta if with_delta else torch.zeros(2, n))
     np.testing.assert_allclose(got.detach(), wanted, atol=1e-5)
 
@@ -97,16 +97,20 @@ def test_all_ones_with_delta_is_the_target(bias, mask):
     linear = nn.Linear(5, 4, bias).requires_grad_(False)
     c = LinearComponents(linear, 7, generator())
     x = torch.randn(9, 5)
-    out = c(x, linear(x), mask, torch.ones(9))
+    out = c(c.inner_acts(x), linear(x), mask, torch.ones(9))
     torch.testing.assert_close(out, linear(x), atol=1e-5, rtol=0)
 
 
 def test_no_mask_is_all_ones():
     c = linear_components(5, 4, 7)
     x, y = torch.randn(9, 5), torch.randn(9, 4)
-    torch.testing.assert_close(c(x, y, None, None), c(x, y, torch.ones(9, 7), None))
+    torch.testing.assert_close(
+        c(c.inner_acts(x), y, None, None), c(c.inner_acts(x), y, torch.ones(9, 7), None)
+    )
     delta = torch.rand(9)
-    torch.testing.assert_close(c(x, y, None, delta), c(x, y, torch.ones(9, 7), delta))
+    torch.testing.assert_close(
+        c(c.inner_acts(x), y, None, delta), c(c.inner_acts(x), y, torch.ones(9, 7), delta)
+    )
 
 
 def test_initial_variances_and_what_is_trained():

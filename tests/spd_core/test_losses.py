@@ -29,7 +29,7 @@ def make_batch(model, x, lower):
     target_out, inputs = model.run_target(x)
     positions = x.shape[:-1] if x.is_floating_point() else x.shape
     ci = {n: importances(lower(*positions, c.C)) for n, c in model.components.items()}
-    return Batch(x, target_out, inputs, ci, StepRandomness(0, 0, 0, 1, len(x), CPU))
+    return Batch(x, target_out, inputs, ci, StepRandomness(0, 0, 0, 1, len(x), CPU), {})
 
 
 def loss(name, make_config, model, batch, dist, *overrides):
@@ -251,9 +251,9 @@ def passes(monkeypatch):
     """The masks of every forward pass through components, in their order."""
     seen, run = [], ComponentModel.run_masked
 
-    def spy(self, x, masks, *cache):
+    def spy(self, x, masks, *rest, **named):
         seen.append(masks)
-        return run(self, x, masks, *cache)
+        return run(self, x, masks, *rest, **named)
 
     monkeypatch.setattr(ComponentModel, "run_masked", spy)
     return seen

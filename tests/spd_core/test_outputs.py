@@ -79,7 +79,7 @@ def batch_of(model, tokens, lower=None):
     ci = {n: CausalImportance(v, v, v) for n, v in lower.items()}
     target_out, inputs = model.run_target(tokens)
     randomness = StepRandomness(0, 0, 0, 1, len(tokens), torch.device("cpu"))
-    return Batch(tokens, target_out, inputs, ci, randomness)
+    return Batch(tokens, target_out, inputs, ci, randomness, {})
 
 
 def spied(model, monkeypatch):

@@ -64,7 +64,7 @@ def batch_of(model, x, ci=CI, part=0, n_parts=1):
     target_out, inputs = model.run_target(x)
     importances = {n: CausalImportance(v, v, v) for n, v in lower.items()}
     randomness = StepRandomness(0, 0, part, n_parts, len(x) * n_parts, CPU)
-    return Batch(x, target_out, inputs, importances, randomness)
+    return Batch(x, target_out, inputs, importances, randomness, {})
 
 
 def loss_config(make_config, name, routing="{kind:static_probability,p:1.0}", **options):
@@ -205,7 +205,7 @@ def test_the_worst_loss_is_above_the_stochastic_one(name, make_config, tms_model
     x = torch.rand(16, 5)
     target_out, inputs = model.run_target(x)
     ci = model.causal_importances(inputs, None)
-    batch = Batch(x, target_out, inputs, ci, StepRandomness(0, 0, 0, 1, 16, CPU))
+    batch = Batch(x, target_out, inputs, ci, StepRandomness(0, 0, 0, 1, 16, CPU), {})
     stochastic = name.replace("pgd", "stochastic")
     losses = {n: loss_config(make_config, n, "{kind:uniform_k_subset}") for n in (name, stochastic)}
     step = prepare_step(losses, model, lambda: [batch], 1, 0.0, one_process)
@@ -289,9 +289,9 @@ def test_shared_sources_cost_one_collective_per_step_and_unique_ones_none(
 def test_routes_are_drawn_once(scope, routing, make_config, one_process, monkeypatch):
     model, seen, run = parallel(make_config, True), [], ComponentModel.run_masked
 
-    def spy(self, x, masks):
+    def spy(self, x, masks, **named):
         seen.append(torch.stack([info.route for info in masks.values()]))
-        return run(self, x, masks)
+        return run(self, x, masks, **named)
 
     monkeypatch.setattr(ComponentModel, "run_masked", spy)
     batch = batch_of(model, torch.randn(40, 3, 1))
