@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spd_core.components import EmbeddingComponents, LinearComponents
 from spd_core.config import AnyCiFnConfig, CiFnConfig, CustomCiFnConfig
 from spd_core.parts import load_part
 
@@ -132,7 +133,7 @@ class CiFn(nn.Module):
 
 
 def make_ci_fn(
-    path: str, config: AnyCiFnConfig, C: int, d_in: int, embedding: bool, generator: torch.Generator
+    path: str, config: AnyCiFnConfig, components: LinearComponents, generator: torch.Generator
 ) -> nn.Module:
     """The causal-importance function of one module.
 
@@ -140,11 +141,12 @@ def make_ci_fn(
         ValueError: an embedding with another kind than mlp, or a part of the user's own that
             cannot be used.
     """
+    d_in, C = components.V.shape
     match config:
         case CustomCiFnConfig():
             return load_part("decompose.ci_fn", config, "ci_fn")(C, d_in, generator)
         case CiFnConfig(kind=kind):
-            if embedding and kind != "mlp":
+            if isinstance(components, EmbeddingComponents) and kind != "mlp":
                 raise ValueError(
                     f"decompose.ci_fn.kind={kind}: {path!r} is an embedding, whose input is no "
                     "vector; use kind=mlp, or leave it out of decompose.modules"

@@ -1,7 +1,7 @@
 """A frozen target with components beside it: hooks put masked outputs in, and take inputs out."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from spd_core.ci_fns import CausalImportance, CiFn, apply_sigmoid, make_ci_fn
 from spd_core.components import (
-    EmbeddingComponents,
     Identity,
     LinearComponents,
     computes_its_map,
@@ -50,27 +49,28 @@ def expand_patterns(
     Raises:
         ValueError: a pattern matches no decomposable module, or two match the same one.
     """
-    patterns = {pattern: C for pattern, C in c_of.items() if C is not None}
+    patterns = [pattern for pattern, C in c_of.items() if C is not None]
     paths = [
         name
         for name, module in target.named_modules()
         if is_decomposable(module) and not isinstance(module, Identity)
     ]
-    matches = {p: [n for n in paths if fnmatchcase(n, p)] for p in patterns}
-    for pattern, names in matches.items():
-        if not names:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in paths):
             raise ValueError(
                 f"{where}: pattern {pattern!r} matches no module of this target; "
                 f"its decomposable modules are {', '.join(paths) or 'none'}"
             )
+    result = {}
     for name in paths:
-        matching = [p for p, names in matches.items() if name in names]
+        matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
         if len(matching) > 1:
             raise ValueError(
                 f"{where}: module {name!r} is matched by {' and '.join(matching)}; "
                 "each module takes one pattern"
             )
-    return {n: patterns[p] for n in paths for p in patterns if n in matches[p]}
+        result.update((name, c_of[pattern]) for pattern in matching)
+    return result
 
 
 def insert_identities(target: nn.Module, patterns: dict[str, int]) -> dict[str, int]:
@@ -124,16 +124,15 @@ class ComponentModel(nn.Module):
         if not modules:
             raise ValueError("decompose.modules: no pattern has a number of subcomponents")
         for name, C in modules.items():
-            own = stream(seed, f"components:{name}", device=cpu)
-            components = make_components(name, target.get_submodule(name), C, own)
+            generator = stream(seed, f"components:{name}", device=cpu)
+            components = make_components(name, target.get_submodule(name), C, generator)
+            generator = stream(seed, f"ci_fn:{name}", device=cpu)
+            self.ci_fns[name] = make_ci_fn(name, config.ci_fn, components, generator)
             self.components[name] = components
-            d_in, embedding = len(components.V), isinstance(components, EmbeddingComponents)
-            own = stream(seed, f"ci_fn:{name}", device=cpu)
-            self.ci_fns[name] = make_ci_fn(name, config.ci_fn, C, d_in, embedding, own)
-        decomposed = f"decomposed are {', '.join(self.components)}"
         for first, second in config.tied:
-            for name in {first, second} - self.components.keys():
-                raise ValueError(f"decompose.tied: {name!r} is not decomposed; {decomposed}")
+            for name in {first, second} - modules.keys():
+                decomposed = ", ".join(modules)
+                raise ValueError(f"decompose.tied: {name!r} is none of the decomposed {decomposed}")
             tie(self.components[first], self.components[second])
         # In lists, because a ModuleDict refuses some paths as keys.
         self._components = nn.ModuleList(self.components.values())
@@ -182,7 +181,7 @@ class ComponentModel(nn.Module):
             return hook
 
         with self._hooks({name: keep(name) for name in self.components}):
-            out = self._select(self.target(batch))
+            out = _select(self.target(batch), self.output)
         for name in self.components:
             if name not in inputs:
                 raise _refusal(name, "is never called (its weight is read directly, or is unused)")
@@ -230,7 +229,7 @@ class ComponentModel(nn.Module):
 
         hooked = masks if cache is None else self.components
         with self._hooks({name: hook_of(name, masks.get(name)) for name in hooked}):
-            return self._select(self.target(batch))
+            return _select(self.target(batch), self.output)
 
     def own_acts(
         self, inputs: dict[str, Float[Tensor, "... d_in"]]
@@ -285,38 +284,13 @@ class ComponentModel(nn.Module):
         place[active] = torch.arange(1, len(active) + 1)
         return g[place].reshape(*x.shape[:-1], -1)
 
-    def _select(self, raw: Any) -> Float[Tensor, "batch ..."]:
-        if isinstance(raw, Tensor) and self.output is not None:
-            raise ValueError(
-                f"target.output={self.output}: the target returns a tensor; leave the field null"
-            )
-        match self.output:
-            case None:
-                value = raw
-            case int(index):
-                value = None
-                with suppress(IndexError, KeyError, TypeError):
-                    value = raw[index]
-            case str(name):
-                value = raw.get(name) if isinstance(raw, dict) else getattr(raw, name, None)
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"target.output={self.output}: the target returns a {type(raw).__name__} with "
-                f"{_fields(raw)}; name the attribute or index of the tensor to reconstruct"
-            )
-        return value
-
     @contextmanager
     def _hooks(self, hooks: dict[str, Any]) -> Iterator[None]:
-        handles = [
-            self.target.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-            for name, hook in hooks.items()
-        ]
-        try:
+        with ExitStack() as stack:
+            for name, hook in hooks.items():
+                module = self.target.get_submodule(name)
+                stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _only_input(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -332,12 +306,20 @@ def _refusal(name: str, why: str) -> ValueError:
     return ValueError(f"decompose.modules: {name!r} {why}; leave it out")
 
 
-def _fields(raw: Any) -> str:
-    """The names or indices in what a target returned."""
+def _select(raw: Any, output: str | int | None) -> Float[Tensor, "batch ..."]:
+    """The tensor to reconstruct, in what the target returned."""
+    if isinstance(raw, Tensor) and output is None:
+        return raw
+    fields: dict[Any, Any] = {}
     if isinstance(raw, list | tuple):
-        names = getattr(raw, "_fields", range(len(raw)))
-    elif isinstance(raw, dict):
-        names = raw
-    else:
-        names = getattr(raw, "__dataclass_fields__", None) or getattr(raw, "__dict__", ())
-    return ", ".join(map(str, names)) or "no fields"
+        fields = dict(enumerate(raw))
+        output = output + len(raw) if isinstance(output, int) and output < 0 else output
+    fields |= raw if isinstance(raw, dict) else getattr(raw, "__dict__", {})
+    fields |= {name: getattr(raw, name) for name in getattr(raw, "_fields", ())}
+    if output in fields and isinstance(fields[output], Tensor):
+        return fields[output]
+    names = ", ".join(map(str, fields)) or "no fields"
+    raise ValueError(
+        f"target.output={output}: the target returns a {type(raw).__name__} with {names}; name the "
+        "attribute or index of the tensor to reconstruct, or null where it returns a tensor"
+    )

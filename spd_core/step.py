@@ -12,9 +12,9 @@ from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.config.losses import ImportanceMinimalityConfig
-from spd_core.data.batches import Batch, Batches, autocast, training_batches
+from spd_core.data.batches import Batches, autocast, training_batches
 from spd_core.distributed import Dist
-from spd_core.losses import Step, loss_parts, prepare_step
+from spd_core.losses import loss_parts, prepare_step
 from spd_core.schedule import annealed_p, coefficient, schedule_value
 
 ObserveCi = Callable[[dict[str, CausalImportance]], None]
@@ -31,10 +31,10 @@ class StepResult:
 
     def values(self) -> dict[str, float]:
         """Everything by its name in metrics.jsonl; reads from the device."""
-        values = {f"loss/{name}": value.item() for name, value in self.losses.items()}
-        values["loss/total"] = self.total.item()
-        norms = {f"grad_norm_before_clip/{n}": norm.item() for n, norm in self.grad_norms.items()}
-        return values | norms
+        values = {f"loss/{name}": loss for name, loss in self.losses.items()}
+        values["loss/total"] = self.total
+        values |= {f"grad_norm_before_clip/{name}": norm for name, norm in self.grad_norms.items()}
+        return {name: value.item() for name, value in values.items()}
 
 
 def optimisation_step(
@@ -79,52 +79,40 @@ def accumulate_gradients(
     """Add this rank's gradient of the weighted losses to `.grad`.
 
     Returns the losses over all ranks (detached), and this rank's number of positions.
+
+    Raises:
+        ValueError: a loss has another count in one microbatch than in another.
     """
-    losses = config.losses.configured()
+    losses, coeffs = config.losses.configured(), coefficients(config, step)
     with autocast(config, dist.device):
         whole = prepare_step(losses, model, batches, n_micro, step / config.train.steps, dist)
-    totals, n_positions, counts = [], 0, None
+    totals, n_positions, counts = [], 0, dict[str, int]()
     # Nothing of a microbatch but its gradient outlives its turn.
     parts_of_batch = iter(batches())
     for _ in range(n_micro):
         with autocast(config, dist.device):
             batch = next(parts_of_batch)
             observe(batch.ci)
-            weighted, sums, local_counts = _weighted_losses(config, model, batch, whole, step)
-        counts = local_counts if counts is None else counts
-        _check_counts(list(losses), counts, local_counts)
-        (weighted / n_micro).backward()
-        totals.append(sums)
+            parts = {n: loss_parts(n, loss, model, batch, whole) for n, loss in losses.items()}
+        for name, (_, count) in parts.items():
+            if counts.setdefault(name, count) != count:
+                raise ValueError(
+                    f"losses.{name} has count {count} in one microbatch and {counts[name]} in "
+                    "another; such a loss needs train.microbatch_size=null"
+                )
+        sums = torch.stack([sum_ for sum_, _ in parts.values()])
+        both = torch.stack([sums.detach(), sums.new_tensor([float(n) for n in counts.values()])])
+        both = distributed.all_sum(both, dist)
+        weights = sums.new_tensor([coeffs[name] / n_micro for name in losses])
+        (sums * weights / both[1]).sum().backward()
+        totals.append(both)
         n_positions += batch.n_positions
-    sums, counts_sum = torch.stack(totals).sum(0)
-    return dict(zip(losses, sums / counts_sum, strict=True)), n_positions
-
-
-def _weighted_losses(
-    config: RunConfig, model: ComponentModel, batch: Batch, whole: Step, step: int
-) -> tuple[Float[Tensor, ""], Float[Tensor, "2 n_losses"], list[int]]:
-    """This rank's share of the weighted sum, (sums, counts) over all ranks, and its own counts."""
-    losses = config.losses.configured()
-    parts = {n: loss_parts(n, loss, model, batch, whole) for n, loss in losses.items()}
-    local_counts = [count for _, count in parts.values()]
-    local = torch.stack([sum_.detach() for sum_, _ in parts.values()])
-    both = torch.stack([local, local.new_tensor([float(n) for n in local_counts])])
-    both = distributed.all_sum(both, whole.dist)
-    coeffs = coefficients(config, step)
-    shares = [coeffs[name] * sum_ / both[1, i] for i, (name, (sum_, _)) in enumerate(parts.items())]
-    return torch.stack(shares).sum(), both, local_counts
-
-
-def _check_counts(names: list[str], first: list[int], now: list[int]) -> None:
-    for name, expected, count in zip(names, first, now, strict=True):
-        if count != expected:
-            raise ValueError(
-                f"losses.{name} has count {count} in one microbatch and {expected} in another; "
-                "such a loss needs train.microbatch_size=null"
-            )
+    all_sums, all_counts = torch.stack(totals).sum(0)
+    return dict(zip(losses, all_sums / all_counts, strict=True)), n_positions
 
 
 def coefficients(config: RunConfig, step: int) -> dict[str, float]:
+    """The weight of every loss at a step (0-based)."""
     return {
         name: coefficient(loss.coeff, step, config.train.steps)
         for name, loss in config.losses.configured().items()

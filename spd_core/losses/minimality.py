@@ -5,7 +5,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
-from spd_core.data.batches import Batches
 from spd_core.distributed import Dist, all_sum_with_grad
 from spd_core.losses.distance import LossParts
 
@@ -39,21 +38,3 @@ def power_sums(ci: dict[str, CausalImportance], p: float) -> Float[Tensor, "C_to
         powers = (shifted if p == 1 else shifted**p).flatten(0, -2)
         sums.append(powers.sum(0) * (n / len(powers)))
     return torch.cat([*sums, sums[0].new_tensor([float(n)])])
-
-
-@torch.no_grad()
-def total_power_sums(batches: Batches, p: float) -> Float[Tensor, "C_total_and_n"]:
-    """`power_sums` of all microbatches of this rank."""
-    return torch.stack([power_sums(batch.ci, p) for batch in batches()]).sum(0)
-
-
-def with_gradient_of_part(
-    total: Float[Tensor, "C_total_and_n"],
-    part: Float[Tensor, "C_total_and_n"],
-    n_microbatches: int,
-) -> Float[Tensor, "C_total_and_n"]:
-    """The total's value with one microbatch's gradient.
-
-    The gradient is scaled because the loss, whole in every microbatch, is averaged over them.
-    """
-    return total + n_microbatches * (part - part.detach())

@@ -13,12 +13,13 @@ from spd_core.routing import Route, route_all, route_static_probability, route_u
 
 Routing = Literal["all", "layerwise"] | UniformKSubsetConfig | StaticProbabilityConfig
 Routes = dict[str, Route]
+Source = Literal["unmasked", "ci_masked", "stochastic"]
 
 
 def recon(
     model: ComponentModel,
     batch: Batch,
-    source: Literal["unmasked", "ci", "stochastic"],
+    source: Source,
     routing: Routing,
     purpose: str,
 ) -> LossParts:
@@ -34,7 +35,7 @@ def recon(
             match source:
                 case "unmasked":
                     masks = {n: MaskInfo(None, None, route) for n, route in routes.items()}
-                case "ci":
+                case "ci_masked":
                     masks = {n: MaskInfo(batch.ci[n].lower, None, r) for n, r in routes.items()}
                 case "stochastic":
                     part = f"{purpose}:{sample}:{next(iter(routes))}"
