@@ -66,6 +66,10 @@ bench: install
 docs run: install
     {{bin}}/python docs/draw_introduction.py "{{run}}"
 
+# Write docs/gallery.md and its pictures from the folders of finished runs
+gallery +runs: install
+    {{bin}}/python -m spd_analysis.gallery "$@"
+
 # Install the pre-commit hooks
 hooks: install
     {{bin}}/pre-commit install

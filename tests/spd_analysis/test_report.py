@@ -9,7 +9,6 @@ import pytest
 from spd_analysis.report import write_report
 from spd_core.config import config_to_yaml
 from spd_core.run_dir import append_metrics
-from spd_core.train import train
 
 REPO = Path(__file__).parent.parent.parent
 
@@ -25,18 +24,6 @@ class Links(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.found += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset")]
-
-
-@pytest.fixture
-def trained(make_config, make_run_dir, one_process):
-    def make(name, *overrides, **update):
-        config = make_config(*overrides).model_copy(update=update)
-        run_dir = make_run_dir(name)
-        run_dir.config_file.write_text(config_to_yaml(config))
-        train(config, run_dir, one_process, lambda: False, 1, None)
-        return run_dir
-
-    return make
 
 
 def test_the_report_is_one_self_contained_page(trained):

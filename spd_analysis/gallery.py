@@ -1,0 +1,113 @@
+"""The solved experiments on one page, from real runs: docs/gallery.md and its pictures.
+
+    python -m spd_analysis.gallery RUN_FOLDER [RUN_FOLDER ...] [--out docs/gallery.md]
+
+Runs of one experiment share a section: a table with a row per seed, and the main figures of the
+seed that comes first.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from statistics import mean
+
+from spd_analysis.report import CAPTIONS
+from spd_analysis.summary import metric_tables, verdict
+from spd_core.config import RunConfig, load_config
+from spd_core.run_dir import RunDir, read_metrics, read_status, write_atomic
+
+FIGURES = ("permuted_ci_plots", "uv_plots", "ci_histograms")
+COLUMNS = ("identity_ci_error", "mmcs", "ml2r")
+HEAD = """# Gallery
+
+What the shipped experiments find, seed by seed. This page is written from the folders of finished
+runs by `just gallery RUN_FOLDER ...`; every number on it stands in those runs' `metrics.jsonl`.
+"""
+
+
+def write_gallery(runs: list[RunDir], page: Path) -> None:
+    """Write the page, and copies of the figures into a folder beside it named as the page.
+
+    Raises:
+        ValueError: a folder holds no finished run, or two are the same seed of an experiment.
+    """
+    by_experiment: dict[str, dict[int, tuple[RunDir, RunConfig]]] = {}
+    for run_dir in runs:
+        config, status = load_config(run_dir.config_file), read_status(run_dir)
+        if status is None or status.state != "finished":
+            raise ValueError(f"{run_dir.path} has not finished: python -m spd_launch.status")
+        seeds = by_experiment.setdefault(config.experiment, {})
+        if config.seed in seeds:
+            raise ValueError(
+                f"{seeds[config.seed][0].path} and {run_dir.path} are both seed {config.seed} of "
+                f"{config.experiment}; give one of them"
+            )
+        seeds[config.seed] = (run_dir, config)
+    pictures = page.with_suffix("")
+    shutil.rmtree(pictures, ignore_errors=True)
+    pictures.mkdir(parents=True)
+    sections = [HEAD]
+    for experiment, seeds in sorted(by_experiment.items()):
+        first_dir, config = seeds[min(seeds)]
+        sections.append(_section(experiment, {seed: r for seed, (r, _) in seeds.items()}, config))
+        for name in FIGURES:
+            picture = first_dir.figures / f"step_{config.train.steps}" / f"{name}.png"
+            if picture.exists():
+                copy = pictures / f"{experiment}-{name}.png"
+                shutil.copyfile(picture, copy)
+                title, caption = CAPTIONS[name]
+                sections.append(
+                    f"![{title}]({pictures.name}/{copy.name})\n\n*{title}.* {caption}\n"
+                )
+    write_atomic(page, "\n".join(sections))
+
+
+def _section(experiment: str, runs: dict[int, RunDir], config: RunConfig) -> str:
+    rows, n_solved, seconds = [], 0, []
+    for seed, run_dir in sorted(runs.items()):
+        tables = metric_tables(run_dir)
+        n_solved += (verdict(tables) or (False, ""))[0]
+        seconds.append(_training_seconds(run_dir, config))
+        for module, values in tables["module"].items():
+            cells = [f"{values[c]:.4g}" if c in values else "" for c in COLUMNS]
+            rows.append(f"| {seed} | `{module}` | {' | '.join(cells)} |")
+    host = json.loads(next(iter(runs.values())).env_file.read_text())
+    solved = f"Known solution found on {n_solved} of {len(runs)} seeds. " if n_solved else ""
+    return "\n".join([
+        f"## {experiment}\n",
+        f"{solved}{config.train.steps:,} steps of {config.train.batch_size:,} examples, "
+        f"{mean(seconds) / 60:.0f} minutes each on {host['n_threads']} thread(s) of "
+        f"{host['device']}.\n",
+        f"| seed | module | {' | '.join(COLUMNS)} |",
+        f"| --- | --- |{' ---: |' * len(COLUMNS)}",
+        *rows,
+        "",
+    ])  # fmt: skip
+
+
+def _training_seconds(run_dir: RunDir, config: RunConfig) -> float:
+    """Of all steps, at the rate of those that are logged."""
+    rates = [float(r["examples_per_s"]) for r in read_metrics(run_dir) if "examples_per_s" in r]
+    if not rates:
+        raise ValueError(f"{run_dir.metrics_file} logs no examples per second; is it a toy run?")
+    return config.train.steps * config.train.batch_size * mean(1 / rate for rate in rates)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    parser.add_argument("--out", type=Path, default=Path("docs/gallery.md"), help="the page")
+    arguments = parser.parse_args()
+    try:
+        write_gallery([RunDir(path) for path in arguments.runs], arguments.out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {arguments.out} and its pictures; open it in an editor that shows Markdown")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+import pytest
+
+from spd_core.config import config_to_yaml
+from spd_core.train import train
+
+
+@pytest.fixture
+def trained(make_config, make_run_dir, one_process):
+    def make(name, *overrides, **update):
+        config = make_config(*overrides).model_copy(update=update)
+        run_dir = make_run_dir(name)
+        run_dir.config_file.write_text(config_to_yaml(config))
+        train(config, run_dir, one_process, lambda: False, 1, None)
+        return run_dir
+
+    return make
