@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +23,11 @@ class CausalImportance:
     lower: Float[Tensor, "... C"]
     upper: Float[Tensor, "... C"]
     pre_sigmoid: Float[Tensor, "... C"]
+
+    def at(self, rows: Int[Tensor, "n"]) -> "CausalImportance":
+        """Those of some examples."""
+        values = (self.lower, self.upper, self.pre_sigmoid)
+        return CausalImportance(*(value.index_select(0, rows) for value in values))
 
 
 class _LowerLeakyHard(torch.autograd.Function):

@@ -29,11 +29,12 @@ class BatchStream:
     """The streams of one rank's part of one batch, for one purpose.
 
     `shards` are generators with the number of examples that each draws; of all these examples,
-    `part` belongs to this rank.
+    `part` belongs to this rank, and of these `rows` are wanted (None = all).
     """
 
     shards: list[tuple[torch.Generator, int]]
     part: slice
+    rows: Int[Tensor, "n"] | None
 
     def uniform(self, *shape: int) -> Float[Tensor, "batch *rest"]:
         """U[0, 1) of shape (batch of this rank, *shape)."""
@@ -46,14 +47,16 @@ class BatchStream:
         )
 
     def _draw(self, one_shard: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        return torch.cat([one_shard(n, generator) for generator, n in self.shards])[self.part]
+        drawn = torch.cat([one_shard(n, generator) for generator, n in self.shards])[self.part]
+        return drawn if self.rows is None else drawn[self.rows]
 
 
 @dataclass(frozen=True)
 class StepRandomness:
     """Where the random numbers of one step come from, in one of equal parts of the batch.
 
-    A part is a rank's share, or one of its microbatches. Phases never share numbers.
+    A part is a rank's share, or one of its microbatches. Phases never share numbers. Where only
+    some rows of the part are looked at, they see the numbers of their own places.
     """
 
     seed: int
@@ -63,6 +66,7 @@ class StepRandomness:
     batch_size: int
     device: torch.device
     phase: str = "train"
+    rows: Int[Tensor, "n"] | None = None
 
     @property
     def examples(self) -> range:
@@ -81,6 +85,7 @@ class StepRandomness:
         return BatchStream(
             [(self.shared_stream(f"{purpose}:{i}"), len(shard)) for i, shard in touched],
             slice(examples.start - first, examples.stop - first),
+            self.rows,
         )
 
     def shared_stream(self, purpose: str) -> torch.Generator:

@@ -1,8 +1,8 @@
 """From a config to the batches of a step, with all that the losses share."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -47,6 +47,34 @@ class Batch:
     @property
     def n_positions(self) -> int:
         return next(iter(self.ci.values())).lower[..., 0].numel()
+
+    @cached_property
+    def active(self) -> "Batch":
+        """The examples at which some decomposed module has an input other than zero.
+
+        At the others, most of sparse toy data, every masked module gives exactly what the target's
+        own gives: they add nothing to a reconstruction loss, nor to its gradient. All examples
+        where that cannot be told (tokens), or where a GPU would wait for their number.
+        """
+        n, device = len(self.examples), self.examples.device
+        silent = torch.arange(n, device=device)
+        for x in self.inputs.values():
+            if device.type == "cuda" or not x.is_floating_point() or len(x) != n:
+                return self
+            silent = silent[~x[silent].flatten(1).any(1)]
+        if len(silent) in (0, n):
+            return self
+        kept = torch.ones(n, dtype=torch.bool, device=device)
+        kept[silent] = False
+        rows = kept.nonzero()[:, 0]
+        return Batch(
+            self.examples[rows],
+            self.target_out[rows],
+            {name: x[rows] for name, x in self.inputs.items()},
+            {name: ci.at(rows) for name, ci in self.ci.items()},
+            replace(self.randomness, rows=rows),
+            {name: acts.index_select(0, rows) for name, acts in self.own_acts.items()},
+        )
 
 
 Batches = Callable[[], Iterable[Batch]]

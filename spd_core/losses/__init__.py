@@ -54,7 +54,9 @@ def prepare_step(
                 sums[name] = sum(minimality.power_sums(batch.ci, p[name]) for batch in batches())
         if isinstance(loss, options.PGDReconConfig) and loss.scope == "shared_across_batch":
             routing = _routing(name, loss)
-            sources[name] = pgd.shared_sources(model, batches, loss, routing, name, dist)
+            sources[name] = pgd.shared_sources(
+                model, lambda: (b.active for b in batches()), loss, routing, name, dist
+            )
     return Step(p, sums, sources, n_microbatches, dist)
 
 
@@ -75,20 +77,22 @@ def loss_parts(
                 # in every microbatch, is averaged over them.
                 sums = step.power_sums[name] + step.n_microbatches * (sums - sums.detach())
             return minimality.importance_minimality(sums, config.beta, step.dist)
-        case options.PGDReconConfig():
-            routing = _routing(name, config)
-            if name in step.sources:
-                sources = step.sources[name]
-            else:
-                sources = pgd.own_sources(model, batch, config, routing, name)
-            return pgd.pgd_recon(model, batch, sources, routing, name)
         case CustomConfig():
             return load_part(f"losses.{name}", config, "loss")(model, batch)
+        case options.PGDReconConfig() if name in step.sources:
+            sources = step.sources[name]
+            parts = pgd.pgd_recon(model, batch.active, sources, _routing(name, config), name)
+        case options.PGDReconConfig():
+            routing = _routing(name, config)
+            sources = pgd.own_sources(model, batch.active, config, routing, name)
+            parts = pgd.pgd_recon(model, batch.active, sources, routing, name)
         case options.ReconConfig() if name == "stochastic_hidden_acts_recon":
-            return hidden_acts_recon(model, batch, name)
+            parts = hidden_acts_recon(model, batch.active, name)
         case options.ReconConfig() | options.SubsetReconConfig():
             source = cast(Source, name.split("_recon")[0])
-            return recon(model, batch, source, _routing(name, config), name)
+            parts = recon(model, batch.active, source, _routing(name, config), name)
+    # Every example counts, also those that add nothing to the sum.
+    return parts[0], parts[1] * len(batch.examples) // len(batch.active.examples)
 
 
 def _routing(name: str, config: options.AnyLossConfig) -> Routing:
