@@ -25,7 +25,7 @@ class CausalImportance:
     pre_sigmoid: Float[Tensor, "... C"]
 
     def at(self, rows: Int[Tensor, "n"]) -> "CausalImportance":
-        """Those of some examples."""
+        """Those of some examples, or of the same one several times."""
         values = (self.lower, self.upper, self.pre_sigmoid)
         return CausalImportance(*(value.index_select(0, rows) for value in values))
 

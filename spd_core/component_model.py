@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from spd_core.ci_fns import CausalImportance, CiFn, apply_sigmoid, make_ci_fn
+from spd_core.ci_fns import CausalImportance, apply_sigmoid, make_ci_fn
 from spd_core.components import (
     Identity,
     LinearComponents,
@@ -246,43 +246,19 @@ class ComponentModel(nn.Module):
     def causal_importances(
         self,
         inputs: dict[str, Float[Tensor, "... d_in"]],
+        own_acts: dict[str, Float[Tensor, "... C"]],
         noise: BatchStream | None,
-        own_acts: Mapping[str, Float[Tensor, "... C"]] | None = None,
     ) -> dict[str, CausalImportance]:
         """Causal importances of every module; `noise` jitters them under binomial sampling."""
-        own_acts = self.own_acts(inputs) if own_acts is None else own_acts
         result = {}
         for name, x in inputs.items():
-            g = self._pre_sigmoid(name, x, own_acts.get(name))
+            x = x.to(self.components[name].V.dtype) if x.is_floating_point() else x
+            g = self.ci_fns[name](x, own_acts.get(name))
             jitter = None
             if self.config.sampling == "binomial" and noise is not None:
                 jitter = noise.uniform(*g.shape[1:])
             result[name] = apply_sigmoid(g, self.config.sigmoid, jitter)
         return result
-
-    def _pre_sigmoid(
-        self, name: str, x: Float[Tensor, "... d_in"], inner_acts: Float[Tensor, "... C"] | None
-    ) -> Float[Tensor, "... C"]:
-        """The ci_fn's output, computed once for all positions whose input is zero.
-
-        Most positions of sparse toy data are; skipping them would make a GPU wait for the count.
-        """
-        ci_fn = self.ci_fns[name]
-        x = x.to(self.components[name].V.dtype) if x.is_floating_point() else x
-        # A function of the user's own may look at several positions at once.
-        whole = x.device.type == "cuda" or not x.is_floating_point() or not isinstance(ci_fn, CiFn)
-        flat = x.reshape(-1, x.shape[-1])
-        if whole or len(active := flat.any(-1).nonzero()[:, 0]) > len(flat) // 2:
-            return ci_fn(x, inner_acts)
-
-        def distinct(values: Float[Tensor, "... d"]) -> Float[Tensor, "n_distinct d"]:
-            values = values.reshape(len(flat), -1)
-            return torch.cat([values.new_zeros(1, values.shape[1]), values[active]])
-
-        g = ci_fn(distinct(x), None if inner_acts is None else distinct(inner_acts))
-        place = torch.zeros(len(flat), dtype=torch.long)
-        place[active] = torch.arange(1, len(active) + 1)
-        return g[place].reshape(*x.shape[:-1], -1)
 
     @contextmanager
     def _hooks(self, hooks: dict[str, Any]) -> Iterator[None]:

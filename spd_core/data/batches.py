@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
 
@@ -30,7 +30,13 @@ from spd_core.targets.config import (
 
 @dataclass(frozen=True)
 class Batch:
-    """The examples of one rank, or of one of its microbatches."""
+    """The examples of one rank, or of one of its microbatches.
+
+    `own_acts` are x V on the target's own inputs, of some modules. `active` holds the examples at
+    which some decomposed module has an input other than zero; None = all. At the others every
+    masked module gives exactly what the target's own gives, so that they add nothing to a
+    reconstruction loss, nor to its gradient.
+    """
 
     examples: Float[Tensor, "batch ..."]
     target_out: Float[Tensor, "batch ..."]
@@ -38,6 +44,7 @@ class Batch:
     ci: dict[str, CausalImportance]
     randomness: StepRandomness
     own_acts: dict[str, Float[Tensor, "batch ... C"]]
+    active: "Batch | None" = None
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -47,34 +54,6 @@ class Batch:
     @property
     def n_positions(self) -> int:
         return next(iter(self.ci.values())).lower[..., 0].numel()
-
-    @cached_property
-    def active(self) -> "Batch":
-        """The examples at which some decomposed module has an input other than zero.
-
-        At the others, most of sparse toy data, every masked module gives exactly what the target's
-        own gives: they add nothing to a reconstruction loss, nor to its gradient. All examples
-        where that cannot be told (tokens), or where a GPU would wait for their number.
-        """
-        n, device = len(self.examples), self.examples.device
-        silent = torch.arange(n, device=device)
-        for x in self.inputs.values():
-            if device.type == "cuda" or not x.is_floating_point() or len(x) != n:
-                return self
-            silent = silent[~x[silent].flatten(1).any(1)]
-        if len(silent) in (0, n):
-            return self
-        kept = torch.ones(n, dtype=torch.bool, device=device)
-        kept[silent] = False
-        rows = kept.nonzero()[:, 0]
-        return Batch(
-            self.examples[rows],
-            self.target_out[rows],
-            {name: x[rows] for name, x in self.inputs.items()},
-            {name: ci.at(rows) for name, ci in self.ci.items()},
-            replace(self.randomness, rows=rows),
-            {name: acts.index_select(0, rows) for name, acts in self.own_acts.items()},
-        )
 
 
 Batches = Callable[[], Iterable[Batch]]
@@ -127,10 +106,47 @@ def make_batch(
     """Examples, the target's output and causal importances of one part of a step."""
     examples = draw_examples(config, randomness, purpose)
     target_out, inputs = model.run_target(examples)
-    own_acts = model.own_acts(inputs)
-    noise = randomness.batch_stream(f"{purpose}:binomial")
-    ci = model.causal_importances(inputs, noise, own_acts)
-    return Batch(examples, target_out, inputs, ci, randomness, own_acts)
+    silent = _silent_examples(config, inputs, len(examples))
+    if len(silent) < 2:
+        own_acts = model.own_acts(inputs)
+        noise = randomness.batch_stream(f"{purpose}:binomial")
+        ci = model.causal_importances(inputs, own_acts, noise)
+        return Batch(examples, target_out, inputs, ci, randomness, own_acts)
+    # Causal importances once for all silent examples, in row 0.
+    place = torch.ones(len(examples), dtype=torch.long).index_fill_(0, silent, 0)
+    rows = place.nonzero()[:, 0]
+    place[rows] = torch.arange(1, len(rows) + 1)
+    few = {name: x[torch.cat([silent[:1], rows])] for name, x in inputs.items()}
+    own_acts = model.own_acts(few)
+    ci = model.causal_importances(few, own_acts, noise=None)
+    active = Batch(
+        examples[rows],
+        target_out[rows],
+        {name: x[1:] for name, x in few.items()},
+        {name: importance.at(place[rows]) for name, importance in ci.items()},
+        replace(randomness, rows=rows),
+        {name: acts[1:] for name, acts in own_acts.items()},
+    )
+    ci = {name: importance.at(place) for name, importance in ci.items()}
+    return Batch(examples, target_out, inputs, ci, randomness, {}, active if len(rows) else None)
+
+
+def _silent_examples(
+    config: RunConfig, inputs: dict[str, Float[Tensor, "batch ... d_in"]], n: int
+) -> Int[Tensor, "n_silent"]:
+    """Examples at which the input of every decomposed module is zero: most of sparse toy data.
+
+    None where that cannot be told (tokens), where a GPU would wait for their number, or where
+    their importances may differ.
+    """
+    silent = torch.arange(n)
+    if config.decompose.sampling == "binomial" or config.decompose.ci_fn.kind == "custom":
+        return silent[:0]
+    for x in inputs.values():
+        if x.device.type == "cuda" or not x.is_floating_point() or len(x) != n:
+            return silent[:0]
+        silent = silent[~x[silent].flatten(1).any(1)]
+    return silent
 
 
 def training_batches(

@@ -55,7 +55,7 @@ def prepare_step(
         if isinstance(loss, options.PGDReconConfig) and loss.scope == "shared_across_batch":
             routing = _routing(name, loss)
             sources[name] = pgd.shared_sources(
-                model, lambda: (b.active for b in batches()), loss, routing, name, dist
+                model, lambda: (b.active or b for b in batches()), loss, routing, name, dist
             )
     return Step(p, sums, sources, n_microbatches, dist)
 
@@ -67,6 +67,7 @@ def loss_parts(
 
     Of microbatches, the losses are averaged: all have the same number of examples.
     """
+    active = batch.active or batch
     match config:
         case options.FaithfulnessConfig():
             return faithfulness(model.components)
@@ -81,18 +82,18 @@ def loss_parts(
             return load_part(f"losses.{name}", config, "loss")(model, batch)
         case options.PGDReconConfig() if name in step.sources:
             sources = step.sources[name]
-            parts = pgd.pgd_recon(model, batch.active, sources, _routing(name, config), name)
+            parts = pgd.pgd_recon(model, active, sources, _routing(name, config), name)
         case options.PGDReconConfig():
             routing = _routing(name, config)
-            sources = pgd.own_sources(model, batch.active, config, routing, name)
-            parts = pgd.pgd_recon(model, batch.active, sources, routing, name)
+            sources = pgd.own_sources(model, active, config, routing, name)
+            parts = pgd.pgd_recon(model, active, sources, routing, name)
         case options.ReconConfig() if name == "stochastic_hidden_acts_recon":
-            parts = hidden_acts_recon(model, batch.active, name)
+            parts = hidden_acts_recon(model, active, name)
         case options.ReconConfig() | options.SubsetReconConfig():
             source = cast(Source, name.split("_recon")[0])
-            parts = recon(model, batch.active, source, _routing(name, config), name)
+            parts = recon(model, active, source, _routing(name, config), name)
     # Every example counts, also those that add nothing to the sum.
-    return parts[0], parts[1] * len(batch.examples) // len(batch.active.examples)
+    return parts[0], parts[1] * len(batch.examples) // len(active.examples)
 
 
 def _routing(name: str, config: options.AnyLossConfig) -> Routing:

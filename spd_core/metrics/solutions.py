@@ -21,7 +21,8 @@ def single_feature_ci(
 ) -> dict[str, Float[Tensor, "n_features C"]]:
     """Causal importances (lower) when each feature in turn is alone, at 0.75."""
     _, inputs = model.run_target(FEATURE_VALUE * torch.eye(n_features, device=device))
-    return {n: ci.lower for n, ci in model.causal_importances(inputs, noise=None).items()}
+    ci = model.causal_importances(inputs, model.own_acts(inputs), noise=None)
+    return {name: module_ci.lower for name, module_ci in ci.items()}
 
 
 def permute_to_identity(ci: Float[Tensor, "n_features C"]) -> Float[Tensor, "n_features C"]:

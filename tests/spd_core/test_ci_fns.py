@@ -74,6 +74,10 @@ def gelu(x):
     return x * (1 + erf(x / np.sqrt(2))) / 2
 
 
+def importances(model, inputs, noise=None):
+    return model.causal_importances(inputs, model.own_acts(inputs), noise)
+
+
 KINDS = ("mlp", "vector_mlp", "shared_mlp")
 SIGMOIDS = (*REFERENCE, "leaky_hard")
 
@@ -123,7 +127,7 @@ def test_importances_of_a_sequence_some_of_whose_positions_are_zero(kind, n_zero
     x = x.view(5, 3, 5)
     acts = x.numpy() @ model.components[""].V.detach().numpy()
     wanted = by_hand(model.ci_fns[""], x.numpy(), acts)
-    ci = model.causal_importances({"": x}, None)[""]
+    ci = importances(model, {"": x})[""]
     np.testing.assert_allclose(ci.pre_sigmoid.detach(), wanted, atol=1e-4)
 
 
@@ -151,7 +155,7 @@ def test_importances_of_embeddings_and_sequences(sigmoid, sampling, decompose):
     vectors = target[0].weight.numpy()[tokens]
     acts = {"0": embedding[tokens], "1": vectors @ linear}
     g = {name: by_hand(model.ci_fns[name], vectors, a) for name, a in acts.items()}
-    ci = model.causal_importances(model.run_target(tokens)[1], stream())
+    ci = importances(model, model.run_target(tokens)[1], stream())
     for name, values in g.items():
         u = draws.uniform(7, values.shape[-1]).numpy()
         jittered = 1.05 * values - 0.05 * u if sampling == "binomial" else values
@@ -172,8 +176,8 @@ def test_an_embedding_takes_no_other_kind_than_mlp(kind, decompose):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_importances_are_float32_for_a_target_of_any_precision(kind, dtype, decompose):
     model, x = decompose(nn.Linear(5, 2).to(dtype), {"*": 3}, kind), torch.randn(6, 5)
-    ci = model.causal_importances({"": x.to(dtype)}, None)[""]
-    wanted = model.causal_importances({"": x.to(dtype).float()}, None)[""]
+    ci = importances(model, {"": x.to(dtype)})[""]
+    wanted = importances(model, {"": x.to(dtype).float()})[""]
     assert ci.lower.dtype == ci.upper.dtype == torch.float32
     assert torch.equal(ci.pre_sigmoid, wanted.pre_sigmoid)
 
@@ -181,9 +185,9 @@ def test_importances_are_float32_for_a_target_of_any_precision(kind, dtype, deco
 @pytest.mark.parametrize("kind", KINDS)
 def test_importances_under_autocast_are_float32_and_close(kind, decompose):
     model, x = decompose(nn.Linear(5, 2), {"*": 3}, kind), torch.randn(6, 5)
-    wanted = model.causal_importances({"": x}, None)[""]
+    wanted = importances(model, {"": x})[""]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ci = model.causal_importances({"": x}, None)[""]
+        ci = importances(model, {"": x})[""]
     assert ci.lower.dtype == ci.upper.dtype == ci.pre_sigmoid.dtype == torch.float32
     torch.testing.assert_close(ci.pre_sigmoid, wanted.pre_sigmoid, atol=0.05, rtol=0.05)
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,19 +11,24 @@ from torch import nn
 
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel, MaskInfo
-from spd_core.config.losses import ReconConfig, SubsetReconConfig, UniformKSubsetConfig
+from spd_core.config.losses import (
+    PGDReconConfig,
+    ReconConfig,
+    SubsetReconConfig,
+    UniformKSubsetConfig,
+)
 from spd_core.data.batches import Batch, training_batches
 from spd_core.losses import loss_parts, prepare_step
 from spd_core.losses.distance import distance
 from spd_core.losses.faithfulness import faithfulness
 from spd_core.losses.minimality import importance_minimality, power_sums
-from spd_core.losses.recon import recon
 from spd_core.randomness import StepRandomness
 from spd_core.targets.train_target import untrained_target
 from spd_launch.compose import compose
 from spd_launch.validate import validate
 
 CPU = torch.device("cpu")
+SHARED_PGD = PGDReconConfig(init="random", step_size=0.5, n_steps=2, scope="shared_across_batch")
 SUBSET = UniformKSubsetConfig(kind="uniform_k_subset")
 P_ALL = "+losses.{}={{coeff:1.0,routing:{{kind:static_probability,p:{}}}}}"
 
@@ -463,13 +469,15 @@ def test_minimality_at_a_position_of_training(
 
 
 @pytest.mark.parametrize("experiment", ["tms_5-2", "resid_mlp1"])
-@pytest.mark.parametrize("name, routing, options", [
-    ("unmasked_recon", "all", ReconConfig()),
-    ("ci_masked_recon_layerwise", "layerwise", ReconConfig()),
-    ("stochastic_recon", "all", ReconConfig()),
-    ("stochastic_recon_subset", SUBSET, SubsetReconConfig(routing=SUBSET)),
+@pytest.mark.parametrize("name, options", [
+    ("unmasked_recon", ReconConfig()),
+    ("ci_masked_recon_layerwise", ReconConfig()),
+    ("stochastic_recon", ReconConfig()),
+    ("stochastic_recon_subset", SubsetReconConfig(routing=SUBSET)),
+    ("pgd_recon", SHARED_PGD),
+    ("stochastic_hidden_acts_recon", ReconConfig()),
 ])  # fmt: skip
-def test_examples_without_input_add_nothing(name, routing, options, experiment, one_process):
+def test_examples_without_input_add_nothing(name, options, experiment, one_process):
     """The loss looks at the others alone, and has the value and gradient of all examples."""
     arguments = [f"+experiment={experiment}", "cluster=local", "train.batch_size=200"]
     config = validate(compose(arguments, multirun=False)[0].values)
@@ -477,12 +485,13 @@ def test_examples_without_input_add_nothing(name, routing, options, experiment, 
     model = ComponentModel(target, config.decompose, 0)
     (batch,) = training_batches(config, model, 0, one_process)[0]()
     assert 0 < len(batch.active.examples) < len(batch.examples) == 200
+    plain = dataclasses.replace(batch, active=None, own_acts={})
 
     def loss_and_gradient(sum_, count):
-        trained = model.component_parameters()
+        trained = list(model.trained_parameters().values())
         gradient = torch.autograd.grad(sum_ / count, trained, retain_graph=True, allow_unused=True)
         return [sum_ / count, *(g for g in gradient if g is not None)]
 
     fast = loss_and_gradient(*parts(name, options, model, batch, one_process))
-    plain = loss_and_gradient(*recon(model, batch, name.split("_recon")[0], routing, name))
-    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-7)
+    slow = loss_and_gradient(*parts(name, options, model, plain, one_process))
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-7)
