@@ -22,7 +22,6 @@ class RunDir:
         self.status_file = path / "status.json"
         self.metrics_file = path / "metrics.jsonl"
         self.env_file = path / "env.json"
-        self.upload_log = path / "upload.log"
         self.report_file = path / "report.html"
         self.figures = path / "figures"
         self.checkpoints = path / "checkpoints"
