@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spd_core.component_model import ComponentModel
-from spd_core.run_dir import RunDir
+from spd_core.run_dir import RunDir, written_whole
 
 
 def save_checkpoint(
@@ -33,22 +32,19 @@ def save_checkpoint(
 
     `extra` is what else the loop needs to go on, by name.
     """
-    run_dir.checkpoints.mkdir(exist_ok=True)
+    tensors = {f"extra:{name}": tensor for name, tensor in extra.items()}
+    for name, parameter in model.trained_parameters().items():
+        tensors[f"model:{name}"] = parameter.detach().contiguous()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer:{name}:{key}"] = value
     folder = run_dir.checkpoints / f"step_{step}"
-    temporary = Path(tempfile.mkdtemp(dir=run_dir.checkpoints, prefix=".step_"))
-    state = temporary / "state.safetensors"
-    save_file(_tensors(model, optimizer) | {f"extra:{n}": t for n, t in extra.items()}, state)
-    meta = {"step": step, "sha256": _sha256(state)}
-    (temporary / "meta.json").write_text(json.dumps(meta))
-    for path in (state, temporary / "meta.json"):
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
-        fsync(path)
-    temporary.chmod(0o755)
-    fsync(temporary)
     if folder.exists():
         set_aside(folder)
-    os.rename(temporary, folder)
-    fsync(run_dir.checkpoints)
+    with written_whole(folder) as new:
+        new.mkdir(parents=True)
+        save_file(tensors, new / "state.safetensors")
+        meta = {"step": step, "sha256": _sha256(new / "state.safetensors")}
+        (new / "meta.json").write_text(json.dumps(meta))
     for old in checkpoint_steps(run_dir)[:-keep]:
         shutil.rmtree(run_dir.checkpoints / f"step_{old}")
     for leftover in run_dir.checkpoints.glob(".step_*"):
@@ -76,92 +72,55 @@ def newest_valid_checkpoint(run_dir: RunDir) -> tuple[Path, int, dict[Path, str]
     damaged: dict[Path, str] = {}
     for step in reversed(checkpoint_steps(run_dir)):
         folder = run_dir.checkpoints / f"step_{step}"
-        problem = _damage(folder)
-        if problem is None:
-            return folder, step, damaged
-        damaged[folder] = problem
+        try:
+            digest = json.loads((folder / "meta.json").read_text())["sha256"]
+            if digest == _sha256(folder / "state.safetensors"):
+                return folder, step, damaged
+            damaged[folder] = f"{folder}/state.safetensors does not match its digest"
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            damaged[folder] = f"{folder} is damaged: {error}"
     problems = ", ".join(damaged.values())
     raise FileNotFoundError(f"no valid checkpoint in {run_dir.checkpoints}: {problems}")
 
 
-def load_model(folder: Path, model: ComponentModel) -> None:
-    """Copy the trained parameters of a checkpoint into the model.
+@torch.no_grad()
+def load_model(folder: Path, model: ComponentModel) -> dict[str, Tensor]:
+    """Copy the trained parameters of a checkpoint into the model; returns all of its tensors.
 
     Raises:
-        ValueError: the checkpoint holds other parameters than the model.
+        ValueError: the checkpoint holds no tensors, or other parameters than the model.
     """
-    _copy_parameters(folder, _read(folder), model)
+    try:
+        tensors = load_file(folder / "state.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{folder}/state.safetensors holds no tensors: {error}") from None
+    saved, parameters = _below("model:", tensors), model.trained_parameters()
+    shapes, wanted = ({(n, t.shape) for n, t in of.items()} for of in (saved, parameters))
+    if wrong := {name for name, _ in shapes ^ wanted}:
+        raise ValueError(
+            f"{folder} does not fit the config beside it: {', '.join(sorted(wrong))} "
+            "missing, surplus, or of another shape"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
+    return tensors
 
 
 def load_checkpoint(
     folder: Path, model: ComponentModel, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """Copy a checkpoint into the model and the optimiser; returns what was saved as `extra`."""
-    tensors = _read(folder)
-    _copy_parameters(folder, tensors, model)
+    tensors = load_model(folder, model)
     for name, parameter in model.trained_parameters().items():
-        prefix = f"optimizer:{name}:"
-        optimizer.state[parameter] = {
-            key.removeprefix(prefix): tensor.to(parameter.device)
-            for key, tensor in tensors.items()
-            if key.startswith(prefix)
-        }
-    return {
-        key.removeprefix("extra:"): tensor
-        for key, tensor in tensors.items()
-        if key.startswith("extra:")
-    }
+        state = _below(f"optimizer:{name}:", tensors)
+        optimizer.state[parameter] = {k: t.to(parameter.device) for k, t in state.items()}
+    return _below("extra:", tensors)
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / "state.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"{folder}/state.safetensors holds no tensors: {error}") from None
-
-
-@torch.no_grad()
-def _copy_parameters(folder: Path, tensors: dict[str, Tensor], model: ComponentModel) -> None:
-    saved = {n.removeprefix("model:"): t for n, t in tensors.items() if n.startswith("model:")}
-    parameters = model.trained_parameters()
-    shapes = {n: tuple(t.shape) for n, t in saved.items()}
-    expected = {n: tuple(p.shape) for n, p in parameters.items()}
-    if shapes != expected:
-        wrong = sorted(n for n, _ in shapes.items() ^ expected.items())
-        raise ValueError(
-            f"{folder} does not fit the config beside it: {', '.join(dict.fromkeys(wrong))} "
-            "missing, surplus, or of another shape"
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
-
-
-def _tensors(model: ComponentModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in model.trained_parameters().items():
-        tensors[f"model:{name}"] = parameter.detach().contiguous()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer:{name}:{key}"] = value
-    return tensors
-
-
-def _damage(folder: Path) -> str | None:
-    meta_file, state = folder / "meta.json", folder / "state.safetensors"
-    if not meta_file.exists() or not state.exists():
-        return f"{folder} lacks a file"
-    try:
-        expected = json.loads(meta_file.read_text())["sha256"]
-    except (json.JSONDecodeError, KeyError):
-        return f"{meta_file} is damaged"
-    return None if _sha256(state) == expected else f"{state} does not match its digest"
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

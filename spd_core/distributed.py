@@ -6,37 +6,30 @@ count over ranks, and gradients are SUMMED over ranks.
 A rank that fails would leave the others waiting in a collective: `watching` ends them too.
 """
 
-import itertools
 import os
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from concurrent import futures
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from typing import Literal
 
 import torch
 import torch.distributed as torch_dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-POLL_S = 1.0  # between two looks at the store
-# Looks, not seconds: a suspended job that wakes up finds its clock moved, but nobody dead.
-SILENT_POLLS = 30  # a peer whose counter stands still for so many looks is dead
-SILENT_POLLS_BROKEN = 3  # the same once a collective broke
-BROKEN_S = 6.0  # how long a broken collective waits to hear whose fault it was
-FAREWELL_S = 5.0  # how long a failed rank 0, the store's host, lets the others read why
+BLAME_S = 1.5  # an error waits to hear of another that came first: a killed peer breaks collectives
+FAREWELL_S = 5.0  # for the answer to an error
 GRACE_S = 10.0  # for a rank to leave by itself when another one failed
-STOPPED = "stopped answering (killed?)"
-ABSENT, DONE = "absent", "done"
+DONE = "done"
 
-_store: TCPStore | None = None  # set by `init`
-_watches = itertools.count()  # numbers the keys of one `watching` after another
+_main_address = ""  # set by `init`
 
 
 class PeerFailed(RuntimeError):
@@ -73,26 +66,17 @@ def init(
         raise ValueError(
             "train.device=cuda, but torch sees no GPU; use train.device=cpu, or cluster=cpu"
         )
-    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if use_cuda:
+    place = torch.device("cpu")
+    if device != "cpu" and torch.cuda.is_available():
         # With one visible GPU per task the local rank does not index the visible list.
-        index = local_rank % torch.cuda.device_count()
-        torch.cuda.set_device(index)
-        torch_device = torch.device("cuda", index)
-    else:
-        torch_device = torch.device("cpu")
+        place = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(place)
     if world_size > 1:
-        global _store
-        timeout = timedelta(minutes=10)
-        _store = TCPStore(master_addr, master_port, world_size, rank == 0, timeout)
-        torch_dist.init_process_group(
-            "nccl" if use_cuda else "gloo",
-            store=_store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
-    return Dist(rank, world_size, torch_device)
+        global _main_address
+        _main_address, url = master_addr, f"tcp://{master_addr}:{master_port}"
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, url, timedelta(minutes=10), world_size, rank)
+    return Dist(rank, world_size, place)
 
 
 def shutdown() -> None:
@@ -148,9 +132,7 @@ def any_rank(flag: bool, dist: Dist) -> bool:
     """Whether the flag is set on at least one rank; the same answer on all."""
     if dist.world_size == 1:
         return flag
-    tensor = torch.tensor(float(flag), device=dist.device)
-    torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
-    return bool(tensor.item())
+    return bool(all_sum(torch.tensor(float(flag), device=dist.device), dist))
 
 
 def synchronise(device: torch.device) -> None:
@@ -168,8 +150,8 @@ def barrier(dist: Dist) -> None:
 def watching(dist: Dist, on_failure: Callable[[], None] = lambda: None) -> Iterator[None]:
     """While every rank is in here, all end within a minute of one's failure.
 
-    A rank that stays blocked in spite of it calls `on_failure` and exits with code 1. Rank 0
-    leaves last.
+    A rank that stays blocked in spite of it calls `on_failure` and exits with code 1. All leave
+    together.
 
     Raises:
         PeerFailed: another rank failed first.
@@ -177,116 +159,87 @@ def watching(dist: Dist, on_failure: Callable[[], None] = lambda: None) -> Itera
     if dist.world_size == 1:
         yield
         return
-    watch = _Watch(dist, on_failure)
-    try:
-        yield
-    except BaseException as error:
-        watch.leave(error)
-        raise
-    watch.leave(None)
+    line, own, error = _call_main(dist), DONE, None
+    first: futures.Future[str] = futures.Future()  # the first failure, or DONE
+    left = threading.Event()
 
-
-class _Watch:
-    """One rank's place in the store: it counts in `beat/RANK`; the first failure is in `error`.
-
-    Rank 0 watches all and all watch rank 0. One thread talks to the store. A second one ends the
-    process, also where the first is blocked: a call to a store whose machine is lost never returns.
-    """
-
-    def __init__(self, dist: Dist, on_failure: Callable[[], None]) -> None:
-        assert _store is not None, "distributed.init comes first"
-        client = TCPStore(_store.host, _store.port, timeout=timedelta(seconds=SILENT_POLLS))
-        self.store = PrefixStore(f"watch/{next(_watches)}", client)
-        self.dist, self.on_failure = dist, on_failure
-        self.others = [rank for rank in range(dist.world_size) if rank != dist.rank]
-        self.own: str | None = None  # this rank's error
-        self.failure: str | None = None  # another's, which came first
-        self.broken = False  # a collective broke
-        self.polls = 0
-        self.beats: dict[int, tuple[str, int]] = {}  # last value, looks since it moved
-        self.leaving, self.left = threading.Event(), threading.Event()
-        self.talker = threading.Thread(target=self._talk, daemon=True)
-        self.talker.start()
-        threading.Thread(target=self._guard, daemon=True).start()
-
-    def leave(self, error: BaseException | None) -> None:
-        if isinstance(error, SystemExit) and not error.code:
-            error = None
-        if error is not None:
-            self.broken = _from_collective(error)
-            self.talker.join(BROKEN_S if self.broken else 0)  # it ends where another failed
-            what = "".join(traceback.format_exception_only(error)).strip()
-            own = f"rank {self.dist.rank} on {socket.gethostname()} failed first: {what}"
-            self.own = own.encode(errors="replace").decode()  # a path in it may not be UTF-8
-        elif self.dist.is_main:
-            while self.talker.is_alive() and not self._others_done():
-                self.talker.join(POLL_S / 5)
-        self.leaving.set()
-        self.talker.join()
-        if self.dist.is_main and (error is not None or self.failure is not None):
-            deadline = time.monotonic() + FAREWELL_S
-            while time.monotonic() < deadline and not self._others_done():
-                time.sleep(POLL_S / 5)
-        self.left.set()
-        if self.failure is not None and (error is None or isinstance(error, Exception)):
-            message = f"{self.failure}; this rank ({self.dist.rank}) was stopped by it"
-            raise PeerFailed(message) from error
-
-    def _talk(self) -> None:
-        beat = f"beat/{self.dist.rank}"
-        try:
-            while self.failure is None and not self.leaving.wait(POLL_S):
-                self.polls += 1
-                self.store.set(beat, str(self.polls))
-                self.failure = self._look()
-            if self.own is not None and self.failure is None:
-                first = self._publish(self.own)
-                self.failure = None if first == self.own else first
-            self.store.set(beat, DONE)
-        except torch_dist.DistError:
-            self.failure = self.failure or f"rank 0 {STOPPED}"
-
-    def _look(self) -> str | None:
-        """The first failure, if there is one."""
-        error = self._read("error")
-        if error != ABSENT:
-            return error
-        for peer in self.others if self.dist.is_main or self.broken else (0,):
-            beat, (last, looks) = self._read(f"beat/{peer}"), self.beats.get(peer, ("", 0))
-            self.beats[peer] = (beat, looks + 1 if beat == last != DONE else 0)
-            if self.beats[peer][1] >= (SILENT_POLLS_BROKEN if self.broken else SILENT_POLLS):
-                return self._publish(f"rank {peer} {STOPPED}")
-        return None
-
-    def _guard(self) -> None:
-        last, looks = -1, 0
-        while self.failure is None and looks < SILENT_POLLS:
-            last, looks = self.polls, looks + 1 if self.polls == last else 0
-            if self.left.wait(POLL_S):
-                return
-        failure = self.failure or f"rank 0 {STOPPED}"
-        print(f"{failure}; this rank ({self.dist.rank}) ends", file=sys.stderr, flush=True)
-        if not self.left.wait(GRACE_S):
+    def listen() -> None:
+        first.set_result(_hear(line, 0))
+        if first.result() in (DONE, own):
+            return
+        print(f"{first.result()}; this rank ({dist.rank}) ends", file=sys.stderr, flush=True)
+        if not left.wait(GRACE_S):
             try:
-                self.on_failure()
+                on_failure()
             finally:
                 os._exit(1)
 
-    def _publish(self, error: str) -> str:
-        """What was published first, by whichever rank."""
-        return self.store.compare_set("error", "", error).decode()
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    except BaseException as caught:
+        error = caught
+        if not isinstance(error, SystemExit) or error.code:
+            futures.wait([first], BLAME_S)
+            what = "".join(traceback.format_exception_only(error)).strip()
+            own = f"rank {dist.rank} on {socket.gethostname()} failed first: {what}"
+        raise
+    finally:
+        _say(line, own)
+        futures.wait([first], None if own == DONE else FAREWELL_S)
+        left.set()
+        stopped = first.done() and first.result() not in (DONE, own)
+        if stopped and (error is None or isinstance(error, Exception)):
+            message = f"{first.result()}; this rank ({dist.rank}) was stopped by it"
+            raise PeerFailed(message) from error
 
-    def _read(self, key: str) -> str:
-        """Unlike `get`, does not wait for a key that is not there."""
-        return self.store.compare_set(key, ABSENT, ABSENT).decode()
 
-    def _others_done(self) -> bool:
-        return all(self._read(f"beat/{rank}") == DONE for rank in self.others)
+def _call_main(dist: Dist) -> Connection:
+    """A line to the switchboard at rank 0; over it each rank says, and hears, one word."""
+    port = torch.zeros((), dtype=torch.long, device=dist.device)
+    if dist.is_main:
+        server = socket.create_server(("", 0), backlog=dist.world_size)
+        server.settimeout(GRACE_S)  # for all to call
+        threading.Thread(target=_switchboard, args=(server, dist.world_size), daemon=True).start()
+        port += server.getsockname()[1]
+    broadcast(port, dist)
+    line = _line(socket.create_connection((_main_address, int(port))))
+    _say(line, str(dist.rank))
+    return line
 
 
-def _from_collective(error: BaseException) -> bool:
-    """Told by the place, since gloo raises plain RuntimeErrors."""
-    places = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, RuntimeError) and any(
-        "torch/distributed" in p.filename for p in places
-    )
+def _switchboard(server: socket.socket, world_size: int) -> None:
+    """Hear of every rank an error or DONE; tell all the first error, or DONE when all are."""
+    with server:
+        lines = [_line(server.accept()[0]) for _ in range(world_size)]
+    ranks = {line: int(_hear(line, -1)) for line in lines}
+    lines.sort(key=ranks.__getitem__, reverse=True)  # rank 0 is told last: it takes this along
+    told = False
+    while ranks:
+        for line in ranks.keys() & wait(list(ranks)):
+            word = _hear(line, ranks.pop(line))
+            if not told and (word != DONE or not ranks):
+                told = True
+                for other in lines:
+                    _say(other, word)
+
+
+def _line(end: socket.socket) -> Connection:
+    """It breaks where the other end is killed or its machine lost, not where it is suspended."""
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":  # lost after 10 + 4 x 5 s; elsewhere all ranks are on one machine
+        for option, value in (("IDLE", 10), ("INTVL", 5), ("CNT", 4)):
+            end.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{option}"), value)
+    return Connection(end.detach())
+
+
+def _say(line: Connection, word: str) -> None:
+    with suppress(OSError):  # the other end is gone
+        line.send_bytes(word.encode(errors="surrogatepass"))  # a path may be no UTF-8
+
+
+def _hear(line: Connection, rank: int) -> str:
+    try:
+        return line.recv_bytes().decode(errors="surrogatepass")
+    except (EOFError, OSError):
+        return f"rank {rank} stopped answering (killed?)"

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Literal
+from uuid import uuid4
 
 from spd_core.config import BaseConfig
 
@@ -37,17 +39,34 @@ class Status(BaseConfig):
     host: str
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` for a new file or folder, which becomes `path` at the end.
+
+    A reader, or a kill, sees what was there before or the new, never a part.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        yield temporary
+        for file in temporary.glob("*"):
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
+            fsync(file)
+        fsync(temporary)
+        os.rename(temporary, path)
+        fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, sees the old content or the new, never a part."""
-    with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    # A temporary file is private to its owner; the run folder may be shared by a group.
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(file.name, 0o666 & ~umask)
-    os.replace(file.name, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(text)
 
 
 def read_status(run_dir: RunDir) -> Status | None:
@@ -77,7 +96,5 @@ def read_metrics(run_dir: RunDir) -> list[dict[str, float | int | str]]:
 
 def truncate_metrics(run_dir: RunDir, last_step: int) -> None:
     """Drop what lies after `last_step`, and a half-written last line, before a run continues."""
-    if not run_dir.metrics_file.exists():
-        return
     kept = [record for record in read_metrics(run_dir) if int(record["step"]) <= last_step]
     write_atomic(run_dir.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))

@@ -15,7 +15,6 @@ from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.distributed import Dist
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
-from spd_core.load import files_to_load
 from spd_core.losses.faithfulness import faithfulness
 from spd_core.metrics.training import AliveComponents, CiObserver
 from spd_core.parts import check_parts
@@ -246,7 +245,6 @@ def _loop(
             metrics = evaluate(config, t.model, step, due, t.alive, watch.step_s(), dist, figures)
             if tracker is not None:
                 tracker.log(step, metrics)
-                tracker.log_figures(step, figures)
         stopping = distributed.any_rank(should_stop(), dist)
         if stopping or step % config.checkpoint.every_steps == 0 or step == steps:
             watch.stop()
@@ -264,8 +262,6 @@ def _loop(
         if time.monotonic() - last_heartbeat > HEARTBEAT_S:
             last_heartbeat = time.monotonic()
             status.write("running")
-    if tracker is not None and config.track.wandb.mode != "disabled":
-        tracker.save_files(files_to_load(t.run_dir, config))
     status.write("finished")
     return "finished"
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, TextIO
@@ -27,6 +28,7 @@ from spd_core.run_dir import RunDir, read_status
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import mark
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
+from spd_launch.upload import uploading
 
 STOPPED = 130  # exit code of a local run that was asked to stop
 # Else glibc gives the memory of every large tensor back to the kernel, which fills each page of the
@@ -169,7 +171,8 @@ def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
         place.rank, place.world_size, place.local_rank,
         meeting.address, meeting.port, _device(config, place),
     )  # fmt: skip
-    outcome = train(config, run_dir, dist, stop, meeting.attempt, place.job_id)
+    with uploading(config, run_dir) if dist.is_main else nullcontext():
+        outcome = train(config, run_dir, dist, stop, meeting.attempt, place.job_id)
     if outcome == "finished":
         with distributed.watching(dist):
             if place.rank == 0:

@@ -25,10 +25,10 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
-from spd_core.checkpoint import fsync
 from spd_core.config import config_digest
 from spd_core.data.stories import stories
 from spd_core.randomness import StepRandomness, stream
+from spd_core.run_dir import written_whole
 from spd_core.targets.config import TextDataConfig
 
 if TYPE_CHECKING:
@@ -111,19 +111,13 @@ def is_eval_document(config: TextDataConfig, index: int) -> bool:
 
 
 def _tokenise_into(config: TextDataConfig, folder: Path, console: Console) -> None:
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
-    try:
+    for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed
+        shutil.rmtree(leftover)
+    with written_whole(folder) as new:
+        new.mkdir()
         with console.status("tokenising the corpus (once; it is kept in the store)"):
-            meta = _write_tokens(config, partial)
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2))
-        for path in (*partial.iterdir(), partial):
-            fsync(path)
-        os.rename(partial, folder)
-        fsync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            meta = _write_tokens(config, new)
+        (new / "meta.json").write_text(json.dumps(meta, indent=2))
     console.print(f"corpus of {meta['train']['tokens']} tokens, {meta['eval']['tokens']} for eval")
 
 

@@ -27,12 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spd_core import distributed
-from spd_core.checkpoint import fsync
 from spd_core.config import config_digest, load_config
 from spd_core.data.text import Split, TokenData, load_or_tokenise, load_tokenizer, token_batch
 from spd_core.distributed import Dist
 from spd_core.randomness import StepRandomness, stream
-from spd_core.run_dir import RunDir
+from spd_core.run_dir import RunDir, written_whole
 from spd_core.schedule import schedule_value
 from spd_core.targets.config import TextDataConfig, TransformerTargetConfig
 from spd_core.targets.transformer import Transformer, build, sample
@@ -201,11 +200,8 @@ def save_checkpoint(
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer:{name}:{key}"] = value
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{CHECKPOINT}"
-    save_file(tensors, temporary, {"step": str(step), "config": config_digest(config)})
-    fsync(temporary)
-    os.replace(temporary, folder / CHECKPOINT)
-    fsync(folder)
+    with written_whole(folder / CHECKPOINT) as new:
+        save_file(tensors, new, {"step": str(step), "config": config_digest(config)})
 
 
 @torch.no_grad()

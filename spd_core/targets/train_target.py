@@ -3,9 +3,7 @@
 import fcntl
 import importlib
 import json
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,10 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from spd_core import distributed
-from spd_core.checkpoint import fsync
 from spd_core.config import RunConfig, config_digest
 from spd_core.data.batches import token_data
 from spd_core.randomness import stream
+from spd_core.run_dir import written_whole
 from spd_core.targets.config import (
     CustomTargetConfig,
     InductionDataConfig,
@@ -158,19 +156,11 @@ def keep(
     config: RunConfig, module: nn.Module, record: dict[str, float | int], folder: Path
 ) -> None:
     """Put a trained target into the store, whole or not at all."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        save_model(module, str(temporary / "target.safetensors"))
+    with written_whole(folder) as new:
+        new.mkdir()
+        save_model(module, str(new / "target.safetensors"))
         whole = {**record, "config": config.target.model_dump(mode="json")}
-        (temporary / "target.json").write_text(json.dumps(whole, indent=2))
-        for path in temporary.iterdir():
-            path.chmod(0o644)  # safetensors writes files that only their owner can read
-            fsync(path)
-        temporary.chmod(0o755)
-        fsync(temporary)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (new / "target.json").write_text(json.dumps(whole, indent=2))
 
 
 def _load_custom(config: CustomTargetConfig) -> Target:

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -129,6 +130,14 @@ def test_a_failure_while_saving_leaves_no_checkpoint(trained, run_dir, monkeypat
     assert checkpoint_steps(run_dir) == []
 
 
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
 def test_meta_names_the_step_and_folders_are_readable(trained, run_dir):
     save_checkpoint(run_dir, 2, *trained(0), {}, keep=2)
     folder = run_dir.checkpoints / "step_2"
