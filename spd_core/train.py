@@ -133,8 +133,7 @@ def train(
     status = StatusWriter(run_dir, dist.is_main, config.train.steps, attempt, job_id)
     status.write("running")
     try:
-        with distributed.watching(dist, lambda: status.write("failed")):
-            return _train(config, run_dir, dist, should_stop, status)
+        return _train(config, run_dir, dist, should_stop, status)
     except BaseException:
         # Whatever ended the run, its status must say so; the error itself goes on.
         status.write("failed")

@@ -120,7 +120,7 @@ def run(path: str) -> None:
     try:
         outcome = _train(config, run_dir, place, stop)
     except Exception as error:
-        from spd_core.distributed import PeerFailed  # torch is loaded by now
+        from spd_launch.peers import PeerFailed  # torch is loaded by now
 
         # Who was stopped by another rank leaves the word to that one and to rank 0, who knows more.
         if place.rank == 0 or not isinstance(error, PeerFailed):
@@ -165,19 +165,20 @@ def _end_with_launcher(cluster: ClusterConfig) -> None:
 def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
     from spd_core import distributed
     from spd_core.train import train
+    from spd_launch.peers import watching
 
     meeting = _meet(run_dir, place)
     dist = distributed.init(
         place.rank, place.world_size, place.local_rank,
         meeting.address, meeting.port, _device(config, place),
     )  # fmt: skip
-    with uploading(config, run_dir) if dist.is_main else nullcontext():
-        outcome = train(config, run_dir, dist, stop, meeting.attempt, place.job_id)
+    with watching(dist, meeting.address, lambda: mark(run_dir, "failed")):
+        with uploading(config, run_dir) if dist.is_main else nullcontext():
+            outcome = train(config, run_dir, dist, stop, meeting.attempt, place.job_id)
+        if outcome == "finished" and dist.is_main:
+            _report(run_dir)
+        distributed.barrier(dist)  # srun --wait ends a job a minute after its first rank left
     if outcome == "finished":
-        with distributed.watching(dist):
-            if place.rank == 0:
-                _report(run_dir)
-            distributed.barrier(dist)  # srun --wait ends a job a minute after its first rank left
         distributed.shutdown()
     return outcome
 

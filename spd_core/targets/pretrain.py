@@ -280,7 +280,7 @@ def main(config_file: Path) -> None:
     dist = distributed.init(rank, world, local, address, port, config.train.device)
     console = Console(quiet=not dist.is_main)
     store.mkdir(parents=True, exist_ok=True)
-    with distributed.watching(dist), open(store / f"{folder.name}.lock", "w") as lock:
+    with open(store / f"{folder.name}.lock", "w") as lock:
         if dist.is_main:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from spd_core import distributed
+from spd_launch.peers import watching
 
 BOOM = f"on {socket.gethostname()} failed first: ValueError: boom"
 
@@ -30,9 +31,9 @@ def rank_main(rank, world, port, folder, body, arguments):
     torch.set_num_threads(1)
     os.dup2(os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
     dist = distributed.init(rank, world, rank, "127.0.0.1", port, "cpu")
-    with distributed.watching(dist):
+    with watching(dist, "127.0.0.1"):
         meet(dist)
-    with distributed.watching(dist, (folder / f"marked-{rank}").touch):
+    with watching(dist, "127.0.0.1", (folder / f"marked-{rank}").touch):
         body(dist, *arguments)
 
 
@@ -71,7 +72,7 @@ def test_an_error_ends_ranks_that_wait_in_a_collective(tmp_path, failing):
             assert lines[-1] == "ValueError: boom"
         else:
             wanted = f"rank {failing} {BOOM}; this rank ({rank}) was stopped by it"
-            assert lines[-1] == f"spd_core.distributed.PeerFailed: {wanted}"
+            assert lines[-1] == f"spd_launch.peers.PeerFailed: {wanted}"
             assert any("direct cause" in line for line in lines)  # the broken collective's error
     assert not list(tmp_path.glob("marked-*"))  # all left by themselves
 
@@ -146,6 +147,6 @@ def test_ranks_may_finish_at_different_times(tmp_path, late):
 
 def test_one_process_watches_nobody(one_process):
     threads = threading.active_count()
-    with pytest.raises(ValueError, match="boom"), distributed.watching(one_process):
+    with pytest.raises(ValueError, match="boom"), watching(one_process, "127.0.0.1"):
         assert threading.active_count() == threads
         raise ValueError("boom")
