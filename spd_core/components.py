@@ -136,10 +136,10 @@ def tie(first: LinearComponents, second: LinearComponents) -> None:
     Raises:
         ValueError: the shapes are not each other's transpose.
     """
-    if first.V.shape != second.U.T.shape or first.U.shape != second.V.T.shape:
+    if (first.V.shape, first.U.shape) != (second.U.T.shape, second.V.T.shape):
+        shapes = [tuple(part.shape) for part in (first.V, first.U, second.V, second.U)]
         raise ValueError(
-            f"cannot tie components of shapes V {tuple(first.V.shape)}, U {tuple(first.U.shape)} "
-            f"and V {tuple(second.V.shape)}, U {tuple(second.U.shape)}: "
+            f"cannot tie components whose V and U have shapes {shapes[:2]} and {shapes[2:]}: "
             "decompose.tied needs two transposed modules with the same C"
         )
     with torch.no_grad():

@@ -28,13 +28,11 @@ def stream(seed: int, purpose: str, *address: int, device: torch.device) -> torc
 class BatchStream:
     """The streams of one rank's part of one batch, for one purpose.
 
-    `shards` are generators with the number of examples that each draws; of all these examples,
-    `part` belongs to this rank, and of these `rows` are wanted (None = all).
+    `shards` are generators with the number of examples that each draws; `rows` are those wanted.
     """
 
     shards: list[tuple[torch.Generator, int]]
-    part: slice
-    rows: Int[Tensor, "n"] | None
+    rows: slice | Int[Tensor, "n"]
 
     def uniform(self, *shape: int) -> Float[Tensor, "batch *rest"]:
         """U[0, 1) of shape (batch of this rank, *shape)."""
@@ -47,8 +45,7 @@ class BatchStream:
         )
 
     def _draw(self, one_shard: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        drawn = torch.cat([one_shard(n, generator) for generator, n in self.shards])[self.part]
-        return drawn if self.rows is None else drawn[self.rows]
+        return torch.cat([one_shard(n, generator) for generator, n in self.shards])[self.rows]
 
 
 @dataclass(frozen=True)
@@ -74,19 +71,13 @@ class StepRandomness:
         return _cut(self.part, self.n_parts, self.batch_size)
 
     def batch_stream(self, purpose: str) -> BatchStream:
-        examples = self.examples
-        all_shards = [_cut(i, N_SHARDS, self.batch_size) for i in range(N_SHARDS)]
-        touched = [
-            (i, shard)
-            for i, shard in enumerate(all_shards)
-            if max(shard.start, examples.start) < min(shard.stop, examples.stop)
-        ]
-        first = touched[0][1].start
-        return BatchStream(
-            [(self.shared_stream(f"{purpose}:{i}"), len(shard)) for i, shard in touched],
-            slice(examples.start - first, examples.stop - first),
-            self.rows,
-        )
+        start, stop = self.examples.start, self.examples.stop
+        cuts = {i: _cut(i, N_SHARDS, self.batch_size) for i in range(N_SHARDS)}
+        touched = {i: c for i, c in cuts.items() if max(c.start, start) < min(c.stop, stop)}
+        shards = [(self.shared_stream(f"{purpose}:{i}"), len(c)) for i, c in touched.items()]
+        first = start - min(c.start for c in touched.values())
+        rows = slice(first, first + stop - start) if self.rows is None else first + self.rows
+        return BatchStream(shards, rows)
 
     def shared_stream(self, purpose: str) -> torch.Generator:
         """One stream for this step, the same on every rank."""
