@@ -26,11 +26,9 @@ def single_feature_ci(
 
 def permute_to_identity(ci: Float[Tensor, "n_features C"]) -> Float[Tensor, "n_features C"]:
     """Columns reordered so that the diagonal is as large as it can be; the rest by size."""
-    _, columns = linear_sum_assignment(-ci.cpu().numpy())
-    chosen = [int(c) for c in columns]
-    chosen_set = set(chosen)
-    rest = [int(c) for c in ci.sum(0).argsort(descending=True) if int(c) not in chosen_set]
-    return ci[:, chosen + rest]
+    chosen = linear_sum_assignment(-ci.cpu().numpy())[1].tolist()
+    by_size = ci.sum(0).argsort(descending=True).tolist()
+    return ci[:, [*chosen, *(c for c in by_size if c not in chosen)]]
 
 
 def identity_ci_error(

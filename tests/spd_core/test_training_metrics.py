@@ -15,7 +15,8 @@ from spd_core.ci_fns import CausalImportance
 from spd_core.config.metrics import AliveComponentsConfig, CiL0Config
 from spd_core.data.batches import training_batches
 from spd_core.distributed import Dist
-from spd_core.metrics.training import AliveComponents, CiObserver
+from spd_core.metrics import Sums, add, means, over_ranks
+from spd_core.metrics.ci import AliveComponents, l0_sums
 from spd_core.run_dir import read_metrics
 from spd_core.train import build_model, faithfulness_warm_up, train
 
@@ -130,13 +131,13 @@ def test_alive_on_any_rank_is_alive():
 
 def test_ci_l0_sums_over_microbatches():
     config = CiL0Config(when="fast", threshold=THRESHOLD, groups={"all": ["*"]})
-    observer, generator = CiObserver(config, None, ONE), torch.Generator().manual_seed(0)
+    sums, generator = Sums(), torch.Generator().manual_seed(0)
     batches = [importances(generator, 4, 2) for _ in range(3)]
     for ci in batches:
-        observer.observe(ci)
+        add(sums, l0_sums(ci, config))
     l0 = np.concatenate([above(ci) for ci in batches]).sum(1).mean()
     assert l0 > 0
-    assert observer.ci_l0() == {
+    assert means(over_ranks(distributed.all_sum, sums, ONE)) == {
         f"ci_l0_{THRESHOLD}/a": pytest.approx(l0),
         f"ci_l0_{THRESHOLD}/all": pytest.approx(l0),
     }
