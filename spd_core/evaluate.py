@@ -45,7 +45,7 @@ def evaluate(
     model: ComponentModel,
     step: int,
     metrics: dict[str, options.MetricConfig],
-    alive: ci.AliveComponents | None,
+    positions_ago: ci.PositionsAgo,
     step_s: float,
     dist: Dist,
     figures: Path,
@@ -54,7 +54,7 @@ def evaluate(
 
     Every rank calls it; values are whole on each, figures are drawn by rank 0.
     """
-    at = Evaluation(config, model, step / config.train.steps, alive, dist)
+    at = Evaluation(config, model, step / config.train.steps, positions_ago, dist)
     sums: dict[str, Sums] = {name: {} for name in metrics}
     result: dict[str, float] = {}
     cost: dict[str, float] = defaultdict(float)
@@ -134,7 +134,7 @@ class Evaluation:
     config: RunConfig
     model: ComponentModel
     position: float
-    alive: ci.AliveComponents | None
+    positions_ago: ci.PositionsAgo
     dist: Dist
 
     def batch(self, i: int, purpose: str) -> Batch:
@@ -201,8 +201,7 @@ def _values(name: str, o: Any, at: Evaluation, sums: Sums) -> dict[str, float]:
     """A metric's values from the sums of all batches and ranks, or from the model alone."""
     match name:
         case "alive_components":
-            assert at.alive is not None
-            return _under(name, at.alive.n_alive(at.dist))
+            return _under(name, ci.n_alive(at.positions_ago, o, at.dist))
         case "identity_ci_error":
             ci_of = at.single_feature_ci()
             errors = {m: identity_ci_error(ci_of[m], p, o.tolerance) for m, p in o.modules.items()}

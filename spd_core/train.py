@@ -14,12 +14,12 @@ from spd_core import checkpoint, distributed
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
-from spd_core.distributed import Dist, all_sum
+from spd_core.distributed import Dist, all_min, all_sum
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
 from spd_core.load import files_to_load
 from spd_core.losses.faithfulness import faithfulness
 from spd_core.metrics import Sums, add, means, over_ranks
-from spd_core.metrics.ci import AliveComponents, l0_sums
+from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
 from spd_core.parts import check_parts
 from spd_core.run_dir import RunDir, Status, truncate_metrics, write_status
 from spd_core.step import optimisation_step, schedules
@@ -74,11 +74,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Training:
-    """What changes from step to step; `alive` is None where that metric is off."""
+    """What changes from step to step."""
 
     model: ComponentModel
     optimizer: torch.optim.AdamW
-    alive: AliveComponents | None
+    positions_ago: PositionsAgo
 
 
 def train(
@@ -114,9 +114,8 @@ def _train(run: Run) -> Outcome:
     check_parts(config)
     model = build_model(config, run.run_dir.targets, run.dist, console)
     check_metrics(config, model)
-    metric = config.eval.metrics.alive_components
-    alive = None if metric is None else AliveComponents.start(metric, model)
-    training = Training(model, build_optimizer(config, model), alive)
+    ago = never_important(config.eval.metrics.alive_components, model)
+    training = Training(model, build_optimizer(config, model), ago)
     _start(run, training, console)
     run.write_status("running")
     if not run.dist.is_main:
@@ -146,8 +145,8 @@ def _start(run: Run, t: Training, console: Console) -> None:
     else:
         folder = run.run_dir.checkpoints / f"step_{run.step}"
         extra = checkpoint.load_checkpoint(folder, t.model, t.optimizer)
-        if t.alive is not None:
-            t.alive.load(extra)
+        for key in t.positions_ago.keys() & extra.keys():  # none if the metric was off until now
+            t.positions_ago[key].copy_(extra[key])
         console.print(f"continuing from step {run.step} ({folder})", soft_wrap=True)
     for parameter in t.model.trained_parameters().values():
         distributed.broadcast(parameter.data, run.dist)
@@ -168,11 +167,12 @@ def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
 
 def _loop(run: Run, t: Training, tracker: Tracker | None) -> Outcome:
     config, dist, steps = run.config, run.dist, run.config.train.steps
-    l0, l0_of_step = config.eval.metrics.ci_l0, Sums()
+    alive, l0 = config.eval.metrics.alive_components, config.eval.metrics.ci_l0
+    l0_of_step: Sums = {}
 
     def observe(ci: dict[str, CausalImportance]) -> None:
-        if t.alive is not None:
-            t.alive.observe(ci, dist)
+        if alive is not None:
+            observe_alive(t.positions_ago, ci, alive, dist)
         if l0 is not None and logged:
             add(l0_of_step, l0_sums(ci, l0))
 
@@ -197,8 +197,8 @@ def _loop(run: Run, t: Training, tracker: Tracker | None) -> Outcome:
                 if tracker is not None:
                     tracker.log(step, values | schedules(config, step - 1))
             if due:
-                figures = run.run_dir.figures / f"step_{step}"
-                values = evaluate(config, t.model, step, due, t.alive, step_s, dist, figures)
+                figures, ago = run.run_dir.figures / f"step_{step}", t.positions_ago
+                values = evaluate(config, t.model, step, due, ago, step_s, dist, figures)
                 if tracker is not None:
                     tracker.log(step, values)
                     tracker.log_figures(step, figures)
@@ -206,7 +206,7 @@ def _loop(run: Run, t: Training, tracker: Tracker | None) -> Outcome:
         saving = stopping or step % config.checkpoint.every_steps == 0 or step == steps
         if saving:
             _check_finite({n: norm.item() for n, norm in result.grad_norms.items()}, step)
-            extra = {} if t.alive is None else t.alive.tensors(dist)
+            extra = over_ranks(all_min, t.positions_ago, dist)
             if dist.is_main:
                 keep = config.checkpoint.keep
                 checkpoint.save_checkpoint(run.run_dir, step, t.model, t.optimizer, extra, keep)

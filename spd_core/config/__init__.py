@@ -35,20 +35,16 @@ AnyCiFnConfig = Annotated[CiFnConfig | CustomCiFnConfig, Field(discriminator="ki
 
 
 class DecomposeConfig(BaseConfig):
-    modules: dict[str, Count | None] = Field(
-        description="fnmatch pattern of module paths -> number of subcomponents C; null = not these"
-    )
-    identity_modules: dict[str, Count] = Field(
-        description="pattern -> C of an identity matrix before each module, PATH.pre_identity"
-    )
+    """C is a number of subcomponents; a pattern, one of fnmatch for module paths."""
+
+    modules: dict[str, Count | None] = Field(description="pattern -> C; null = not these")
+    identity_modules: dict[str, Count] = Field(description="pattern -> C of PATH.pre_identity")
     ci_fn: AnyCiFnConfig
     sigmoid: Literal["leaky_hard", "normal", "hard", "swish_hard"]
     sampling: Literal["continuous", "binomial"]
     n_mask_samples: Count = Field(description="masks drawn per stochastic loss and step")
     delta_component: bool = Field(description="also mask the part of W that V U leaves out")
-    tied: list[tuple[str, str]] = Field(
-        description="pairs of module paths whose components start as each other's transpose"
-    )
+    tied: list[tuple[str, str]] = Field(description="paths that start as each other's transpose")
     distance: Literal["mse", "kl"] = Field(description="between target and masked output")
 
 

@@ -1,8 +1,5 @@
 """Causal importances: what of them adds up over positions, and which subcomponents are alive."""
 
-from dataclasses import dataclass
-from typing import Self
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,6 +12,11 @@ from spd_core.metrics import matching, over_ranks
 
 N_BINS = 50
 RANGES = {"lower": (0.0, 1.0), "upper": (0.0, 1.1), "pre_sigmoid": (-3.0, 3.0)}
+
+PositionsAgo = dict[str, Int[Tensor, "C"]]
+"""How many positions ago each subcomponent was last important, on this rank's data.
+
+The keys are those of a checkpoint, alive:MODULE."""
 
 
 def l0_sums(ci: dict[str, CausalImportance], config: CiL0Config) -> dict[str, Float[Tensor, "2"]]:
@@ -62,44 +64,30 @@ def histogram_sums(ci: dict[str, CausalImportance]) -> dict[str, Float[Tensor, "
     }
 
 
-@dataclass
-class AliveComponents:
-    """How many positions ago each subcomponent was last important, on this rank's data.
+def never_important(config: AliveComponentsConfig | None, model: ComponentModel) -> PositionsAgo:
+    """The state before training; empty where the metric is off."""
+    if config is None:
+        return {}
+    return {
+        f"alive:{name}": torch.full((c.C,), config.n_examples, device=c.V.device)
+        for name, c in model.components.items()
+    }
 
-    A subcomponent is alive when that was within the last `n_examples` positions of training, of
-    all ranks together.
-    """
 
-    config: AliveComponentsConfig
-    positions_ago: dict[str, Int[Tensor, "C"]]
+def observe_alive(
+    ago: PositionsAgo, ci: dict[str, CausalImportance], config: AliveComponentsConfig, dist: Dist
+) -> None:
+    """Take note of one batch of this rank, while the others have one of the same size."""
+    n_positions = _n_positions(ci) * dist.world_size
+    for name, module_ci in ci.items():
+        important = (module_ci.lower > config.threshold).flatten(0, -2).any(0)
+        ago[f"alive:{name}"].add_(n_positions).masked_fill_(important, 0)
 
-    @classmethod
-    def start(cls, config: AliveComponentsConfig, model: ComponentModel) -> Self:
-        """Before training nothing was ever important."""
-        never = {n: torch.full((c.C,), config.n_examples) for n, c in model.components.items()}
-        return cls(config, {n: ago.to(model.components[n].V.device) for n, ago in never.items()})
 
-    def observe(self, ci: dict[str, CausalImportance], dist: Dist) -> None:
-        n_positions = _n_positions(ci) * dist.world_size
-        for name, module_ci in ci.items():
-            important = (module_ci.lower > self.config.threshold).flatten(0, -2).any(0)
-            ago = self.positions_ago[name] + n_positions
-            self.positions_ago[name] = ago.masked_fill(important, 0)
-
-    def tensors(self, dist: Dist) -> dict[str, Int[Tensor, "C"]]:
-        """The state over all ranks, for a checkpoint."""
-        state = {f"alive:{name}": ago for name, ago in self.positions_ago.items()}
-        return over_ranks(all_min, state, dist)
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from a checkpoint; one that was written without this metric starts anew."""
-        for name, ago in self.positions_ago.items():
-            if f"alive:{name}" in tensors:
-                ago.copy_(tensors[f"alive:{name}"])
-
-    def n_alive(self, dist: Dist) -> dict[str, float]:
-        ago = over_ranks(all_min, self.positions_ago, dist)
-        return {n: float((a < self.config.n_examples).sum()) for n, a in ago.items()}
+def n_alive(ago: PositionsAgo, config: AliveComponentsConfig, dist: Dist) -> dict[str, float]:
+    """Subcomponents that were important on any rank in the last `n_examples` positions of all."""
+    alive = {k: a < config.n_examples for k, a in over_ranks(all_min, ago, dist).items()}
+    return {key.removeprefix("alive:"): float(a.sum()) for key, a in alive.items()}
 
 
 def _n_positions(ci: dict[str, CausalImportance]) -> int:

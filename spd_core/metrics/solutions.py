@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn import functional as F
 
 from spd_core.component_model import ComponentModel
 from spd_core.components import LinearComponents
@@ -41,21 +42,18 @@ def identity_ci_error(
     """
     match pattern:
         case IdentityPattern(n=n):
-            if ci.shape[0] != n:
-                raise ValueError(
-                    f"eval.metrics.identity_ci_error: identity of n={n}, but the target has "
-                    f"{ci.shape[0]} features"
-                )
+            features, C = ci.shape
+            if features != n:
+                problem = f"identity of n={n}, but the target has {features} features"
+                raise ValueError(f"eval.metrics.identity_ci_error: {problem}")
             # With fewer subcomponents than features, the missing ones count as never active.
-            padded = torch.nn.functional.pad(ci, (0, max(n - ci.shape[1], 0)))
-            permuted = permute_to_identity(padded)
-            wanted = torch.eye(n, permuted.shape[1], device=ci.device)
+            permuted = permute_to_identity(F.pad(ci, (0, max(n - C, 0))))
+            wanted = torch.eye(n, max(n, C), device=ci.device)
             return int(((permuted - wanted).abs() > tolerance).sum())
         case DensePattern(k=k):
             return abs(int((ci > tolerance).any(0).sum()) - k)
 
 
-@torch.no_grad()
 def mmcs_ml2r(
     components: LinearComponents, side: Literal["features_in", "features_out"]
 ) -> tuple[float, float]:
