@@ -129,7 +129,7 @@ def _train(run: Run) -> Outcome:
 def _start(run: Run, t: Training, console: Console) -> None:
     """Continue from the newest valid checkpoint, else start with the faithfulness warm-up.
 
-    Rank 0 chooses for all: a slow network file system may show others another folder.
+    What rank 0 found holds for all: a slow network file system may show others something else.
     """
     step = torch.tensor(0, device=run.dist.device)
     if run.dist.is_main and checkpoint.checkpoint_steps(run.run_dir):
@@ -148,8 +148,11 @@ def _start(run: Run, t: Training, console: Console) -> None:
         for key in t.positions_ago.keys() & extra.keys():  # none if the metric was off until now
             t.positions_ago[key].copy_(extra[key])
         console.print(f"continuing from step {run.step} ({folder})", soft_wrap=True)
+    state = [*t.positions_ago.values()]
     for parameter in t.model.trained_parameters().values():
-        distributed.broadcast(parameter.data, run.dist)
+        state += [parameter.data, *t.optimizer.state[parameter].values()]
+    for tensor in state:
+        distributed.broadcast(tensor, run.dist)
 
 
 def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
