@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Seed = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class BaseConfig(BaseModel):
@@ -21,7 +22,7 @@ class CustomConfig(BaseConfig):
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(self.__pydantic_extra__ or {})
+        return self.model_extra or {}
 
 
 class ScheduleConfig(BaseConfig):
@@ -40,15 +41,3 @@ class ScheduleConfig(BaseConfig):
                 "use kind=linear or kind=cosine for a value that changes"
             )
         return self
-
-
-class Named(BaseConfig):
-    """Parts by name: those below, and parts of the user's own under any other name."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    def configured(self) -> dict[str, Any]:
-        """The parts that are on, by name; null switches one off."""
-        parts = {name: getattr(self, name) for name in type(self).model_fields}
-        parts |= self.__pydantic_extra__ or {}
-        return {name: part for name, part in parts.items() if part is not None}

@@ -2,9 +2,10 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +14,28 @@ from torch import Tensor
 
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
+from spd_core.config import metrics as options
 from spd_core.config.losses import AnyLossConfig
-from spd_core.config.metrics import (
-    AliveComponentsConfig,
-    CeAndKlConfig,
-    CiL0Config,
-    CustomMetricConfig,
-    DensityConfig,
-    IdentityCiErrorConfig,
-    MetricConfig,
-    MmcsMl2rConfig,
-    PGDMultibatchConfig,
-    PlainMetricConfig,
-    SubsetCeAndKlConfig,
-)
-from spd_core.data.batches import Batch, autocast, draw_examples, make_batch, n_features
+from spd_core.data.batches import Batch, autocast, make_batch, n_features
 from spd_core.distributed import Dist, all_sum, synchronise
 from spd_core.losses import loss_parts, prepare_step
 from spd_core.losses.distance import LossParts
 from spd_core.losses.pgd import pgd_recon, shared_sources
-from spd_core.metrics import ci, outputs
+from spd_core.metrics import Sums, add, ci, matching, means, outputs, over_ranks
 from spd_core.metrics.solutions import identity_ci_error, mmcs_ml2r, single_feature_ci
-from spd_core.metrics.training import AliveComponents
 from spd_core.parts import load_part
 from spd_core.randomness import StepRandomness
 
-Sums = dict[str, Tensor]
-"""What a metric adds up over batches and ranks, by key."""
 
-
-def due_metrics(config: RunConfig, step: int) -> dict[str, MetricConfig]:
+def due_metrics(config: RunConfig, step: int) -> dict[str, options.MetricConfig]:
     """The metrics whose turn it is after `step` steps; at the last one, all of them."""
-
-    def due(metric: MetricConfig) -> bool:
-        match metric.when:
-            case "fast":
-                period = config.eval.every
-            case "slow":
-                period = config.eval.slow_every
-            case int(n):
-                period = n
-        return step % period == 0 or step == config.train.steps
-
-    return {name: m for name, m in config.eval.metrics.configured().items() if due(m)}
+    periods = {"fast": config.eval.every, "slow": config.eval.slow_every}
+    return {
+        name: m
+        for name, m in config.eval.metrics.configured().items()
+        if step == config.train.steps
+        or step % (periods[m.when] if isinstance(m.when, str) else m.when) == 0
+    }
 
 
 # no_grad and not inference_mode: an adversarial loss needs gradients inside evaluation.
@@ -64,8 +44,8 @@ def evaluate(
     config: RunConfig,
     model: ComponentModel,
     step: int,
-    metrics: dict[str, MetricConfig],
-    alive: AliveComponents | None,
+    metrics: dict[str, options.MetricConfig],
+    positions_ago: ci.PositionsAgo,
     step_s: float,
     dist: Dist,
     figures: Path,
@@ -74,31 +54,35 @@ def evaluate(
 
     Every rank calls it; values are whole on each, figures are drawn by rank 0.
     """
-    at = _Evaluation(config, model, step / config.train.steps, alive, dist)
+    at = Evaluation(config, model, step / config.train.steps, positions_ago, dist)
+    sums: dict[str, Sums] = {name: {} for name in metrics}
+    result: dict[str, float] = {}
     cost: dict[str, float] = defaultdict(float)
 
-    def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
         synchronise(dist.device)
         started = time.perf_counter()
-        result = work(*arguments)
+        yield
         synchronise(dist.device)
         cost[name] += time.perf_counter() - started
-        return result
 
-    result: dict[str, float] = {}
     with autocast(config, dist.device):
-        sums: dict[str, Sums] = {name: {} for name in metrics}
         for i in range(config.eval.steps):
-            batch = timed("batches", at.batch, i, "eval")
+            with timed("batches"):
+                batch = at.batch(i, "eval")
             for name, metric in metrics.items():
-                for key, part in timed(name, at.measure, name, metric, batch).items():
-                    sums[name][key] = sums[name][key] + part if key in sums[name] else part
+                with timed(name):
+                    add(sums[name], _sums(name, metric, at, batch))
         for name, metric in metrics.items():
-            totals = timed(name, at.over_ranks, sums[name])
-            values = timed(name, at.values, name, metric, totals)
-            result |= {f"eval/{key}": value for key, value in values.items()}
-            if dist.is_main:
-                timed(name, at.draw, name, metric, totals, figures)
+            with timed(name):
+                total = over_ranks(all_sum, {k: s.double() for k, s in sums[name].items()}, dist)
+                match metric:
+                    case options.FigureConfig() | options.CustomMetricConfig(kind="figure"):
+                        if dist.is_main:
+                            _draw(name, metric, at, total, figures / f"{name}.png")
+                    case _:
+                        result |= _under("eval", _values(name, metric, at, total))
     for name, seconds in {**cost, "total": sum(cost.values())}.items():
         result[f"eval_cost/seconds/{name}"] = seconds
         result[f"eval_cost/steps/{name}"] = seconds / step_s
@@ -111,46 +95,46 @@ def check_metrics(config: RunConfig, model: ComponentModel) -> None:
     Raises:
         ValueError: names the metric, what it asks for, and what there is.
     """
-    metrics, names = config.eval.metrics, list(model.components)
-    one = StepRandomness(config.seed, 0, 0, 1, 1, torch.device("cpu"))
-    has_tokens = not draw_examples(config, one, "eval").is_floating_point()
-
-    def refuse(what: str, problem: str) -> ValueError:
-        return ValueError(f"eval.metrics.{what} {problem}; decomposed are {', '.join(names)}")
-
-    for metric, options in metrics.configured().items():
-        match options:
-            case IdentityCiErrorConfig(modules=modules) | MmcsMl2rConfig(modules=modules):
-                for name in modules.keys() - names:
-                    raise refuse(f"{metric}.modules", f"names {name!r}, which is not decomposed")
-            case CiL0Config(groups=groups):
-                for group, patterns in groups.items():
-                    unmatched = [p for p in patterns if not any(fnmatchcase(n, p) for n in names)]
-                    if unmatched or not patterns:
-                        raise refuse(f"{metric}.groups.{group}:", f"no module for {unmatched}")
-                    if group in names:
-                        raise refuse(f"{metric}.groups.{group}:", "a name that is taken")
-            case SubsetCeAndKlConfig(subsets=subsets):
-                for subset, modules in subsets.items():
-                    if subset in outputs.RESERVED:
-                        raise refuse(f"{metric}.subsets.{subset}", "is a name that is taken")
-                    if not outputs.modules_of(modules, names):
-                        raise refuse(f"{metric}.subsets.{subset}", "holds no module")
-        if isinstance(options, CeAndKlConfig | SubsetCeAndKlConfig) and not has_tokens:
+    names = list(model.components)
+    for metric, o in config.eval.metrics.configured().items():
+        for problem in _problems(o, names):
+            raise ValueError(f"eval.metrics.{metric}.{problem}; decomposed are {', '.join(names)}")
+        of_tokens = isinstance(o, options.CeAndKlConfig | options.SubsetCeAndKlConfig)
+        if of_tokens and config.data.kind == "sparse_features":
             raise ValueError(
                 f"eval.metrics.{metric} needs a language model, which predicts the next token; "
                 f"the {config.target.kind} target has no tokens: eval.metrics.{metric}=null"
             )
 
 
+def _problems(o: options.MetricConfig, names: list[str]) -> Iterator[str]:
+    match o:
+        case options.IdentityCiErrorConfig() | options.MmcsMl2rConfig():
+            for name in o.modules.keys() - names:
+                yield f"modules names {name!r}, which is not decomposed"
+        case options.CiL0Config():
+            for group, patterns in o.groups.items():
+                unmatched = [p for p in patterns if not matching(names, [p])]
+                if unmatched or not patterns:
+                    yield f"groups.{group}: no module for {unmatched}"
+                if group in names:
+                    yield f"groups.{group}: a name that is taken"
+        case options.SubsetCeAndKlConfig():
+            for subset, modules in o.subsets.items():
+                if subset in outputs.RESERVED:
+                    yield f"subsets.{subset} is a name that is taken"
+                if not outputs.modules_of(modules, names):
+                    yield f"subsets.{subset} holds no module"
+
+
 @dataclass(frozen=True)
-class _Evaluation:
+class Evaluation:
     """What every metric may look at; `position` in training goes from 0 to 1."""
 
     config: RunConfig
     model: ComponentModel
     position: float
-    alive: AliveComponents | None
+    positions_ago: ci.PositionsAgo
     dist: Dist
 
     def batch(self, i: int, purpose: str) -> Batch:
@@ -160,118 +144,101 @@ class _Evaluation:
         randomness = StepRandomness(seed, i, rank, n_ranks, size, device, phase="eval")
         return make_batch(self.config, self.model, randomness, purpose)
 
-    def measure(self, name: str, metric: MetricConfig, batch: Batch) -> Sums:
-        """What one batch adds to a metric."""
-        match metric:
-            case CustomMetricConfig(kind="metric"):
-                values = load_part(f"eval.metrics.{name}", metric, "metric")(self.model, batch)
-                return {f"{name}/{key}": self.pair(parts) for key, parts in values.items()}
-            case CiL0Config():
-                return ci.l0_sums(batch.ci, metric)
-            case DensityConfig():
-                return ci.component_sums(batch.ci, metric.threshold)
-            case CeAndKlConfig():
-                return outputs.ce_and_kl_sums(self.model, batch, metric.rounding_threshold)
-            case SubsetCeAndKlConfig():
-                return outputs.subset_ce_and_kl_sums(self.model, batch, metric.subsets)
-        match name:
-            case "losses":
-                losses = self.losses(self.config.losses.configured(), batch)
-                return {f"loss/{loss}": pair for loss, pair in losses.items()}
-            case "ci_histograms":
-                return ci.histogram_sums(batch.ci)
-            case "ci_mean_per_component" | "uv_plots":
-                return ci.component_sums(batch.ci, threshold=None)
-            case _ if isinstance(metric, AnyLossConfig):
-                return self.losses({name: metric}, batch)
-        return {}
-
     def losses(self, losses: dict[str, AnyLossConfig], batch: Batch) -> Sums:
         step = prepare_step(losses, self.model, lambda: [batch], 1, self.position, self.dist)
-        return {
-            name: self.pair(loss_parts(name, loss, self.model, batch, step))
-            for name, loss in losses.items()
-        }
+        parts = {n: loss_parts(n, loss, self.model, batch, step) for n, loss in losses.items()}
+        return self.pairs(parts)
 
-    def pair(self, parts: LossParts) -> Tensor:
+    def pairs(self, parts: dict[str, LossParts]) -> Sums:
         """(sum, count) in double; a metric of the user's own may give plain numbers."""
-        device = self.dist.device
-        return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in parts])
-
-    def over_ranks(self, sums: Sums) -> Sums:
-        """Everything that a metric added up, over all ranks in one collective."""
-        if not sums:
-            return {}
-        flat = all_sum(torch.cat([part.flatten().double() for part in sums.values()]), self.dist)
-        parts = flat.split([part.numel() for part in sums.values()])
-        return {k: t.view_as(s) for (k, s), t in zip(sums.items(), parts, strict=True)}
-
-    def values(self, name: str, metric: MetricConfig, sums: Sums) -> dict[str, float]:
-        """A metric's values from its sums, or from the model alone."""
-        match metric:
-            case CeAndKlConfig() | SubsetCeAndKlConfig():
-                return {f"{name}/{k}": v for k, v in outputs.ce_and_kl_values(sums).items()}
-            case IdentityCiErrorConfig(modules=modules, tolerance=tolerance):
-                single = self.single_feature_ci()
-                return {
-                    f"{name}/{module}": identity_ci_error(single[module], pattern, tolerance)
-                    for module, pattern in modules.items()
-                }
-            case MmcsMl2rConfig(modules=modules):
-                values = {}
-                for module, side in modules.items():
-                    mmcs, ml2r = mmcs_ml2r(self.model.components[module], side)
-                    values |= {f"mmcs/{module}": mmcs, f"ml2r/{module}": ml2r}
-                return values
-            case PGDMultibatchConfig():
-                return {name: self.multibatch_pgd(name, metric)}
-            case AliveComponentsConfig():
-                assert self.alive is not None
-                return {f"{name}/{k}": n for k, n in self.alive.n_alive(self.dist).items()}
-            case DensityConfig() | PlainMetricConfig() if name != "losses":
-                return {}
-        return {key: (pair[0] / pair[1]).item() for key, pair in sums.items()}
+        double = partial(torch.as_tensor, dtype=torch.float64, device=self.dist.device)
+        return {name: torch.stack([double(s), double(n)]) for name, (s, n) in parts.items()}
 
     def single_feature_ci(self) -> dict[str, Tensor]:
         return single_feature_ci(self.model, n_features(self.config), self.dist.device)
 
-    def multibatch_pgd(self, name: str, options: PGDMultibatchConfig) -> float:
+    def multibatch_pgd(self, name: str, search: options.PGDMultibatchConfig) -> dict[str, float]:
         """Mean distance under the worst sources that many batches share, one batch in memory."""
 
         def batches() -> Iterator[Batch]:
-            return (self.batch(i, name) for i in range(options.n_batches))
+            return (self.batch(i, name) for i in range(search.n_batches))
 
-        routing = options.routing
-        sources = shared_sources(self.model, batches, options, routing, name, self.dist)
-        parts = [pgd_recon(self.model, batch, sources, routing, name) for batch in batches()]
-        sum_, count = all_sum(torch.stack([self.pair(part) for part in parts]).sum(0), self.dist)
-        return (sum_ / count).item()
+        sources = shared_sources(self.model, batches, search, search.routing, name, self.dist)
+        sums: Sums = {}
+        for batch in batches():
+            parts = pgd_recon(self.model, batch, sources, search.routing, name)
+            add(sums, self.pairs({name: parts}))
+        return means(over_ranks(all_sum, sums, self.dist))
 
-    def draw(self, name: str, metric: MetricConfig, sums: Sums, folder: Path) -> None:
-        """Draw the figure of a metric that has one, as NAME.png."""
-        own = isinstance(metric, CustomMetricConfig) and metric.kind == "figure"
-        built_in = isinstance(metric, DensityConfig | PlainMetricConfig) and name != "losses"
-        if not own and not built_in:
-            return
-        # Imported here: matplotlib takes long, and a run without figures does not need it.
-        from spd_core.metrics import figures
 
-        match name:
-            case "permuted_ci_plots":
-                figure = figures.permuted_ci(self.single_feature_ci())
-            case "uv_plots":
-                order = {n: s[:-1].argsort(descending=True).tolist() for n, s in sums.items()}
-                figure = figures.uv(self.model.components, order)
-            case "ci_histograms":
-                figure = figures.ci_histograms(sums)
-            case "component_activation_density":
-                figure = figures.per_component(sums, "share of positions active")
-            case "ci_mean_per_component":
-                figure = figures.per_component(sums, "mean causal importance")
-            case _:
-                assert isinstance(metric, CustomMetricConfig)
-                part = load_part(f"eval.metrics.{name}", metric, "figure")
-                figure = part(self.model, self.batch(0, "eval"))
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=130)
-        figures.plt.close(figure)
+def _sums(name: str, o: Any, at: Evaluation, batch: Batch) -> Sums:
+    """What one batch adds to a metric or figure with the options `o`."""
+    match name:
+        case "losses":
+            return _under("loss", at.losses(at.config.losses.configured(), batch))
+        case "ci_l0":
+            return ci.l0_sums(batch.ci, o)
+        case "ce_and_kl":
+            return _under(name, outputs.ce_and_kl_sums(at.model, batch, o.rounding_threshold))
+        case "stochastic_recon_subset_ce_and_kl":
+            return _under(name, outputs.subset_ce_and_kl_sums(at.model, batch, o.subsets))
+        case "ci_histograms":
+            return ci.histogram_sums(batch.ci)
+        case "component_activation_density":
+            return ci.component_sums(batch.ci, o.threshold)
+        case "ci_mean_per_component" | "uv_plots":
+            return ci.component_sums(batch.ci, threshold=None)
+        case _ if isinstance(o, AnyLossConfig):
+            return at.losses({name: o}, batch)
+        case _ if isinstance(o, options.CustomMetricConfig) and o.kind == "metric":
+            part = load_part(f"eval.metrics.{name}", o, "metric")
+            return _under(name, at.pairs(part(at.model, batch)))
+        case _:
+            return {}
+
+
+def _values(name: str, o: Any, at: Evaluation, sums: Sums) -> dict[str, float]:
+    """A metric's values from the sums of all batches and ranks, or from the model alone."""
+    match name:
+        case "alive_components":
+            return _under(name, ci.n_alive(at.positions_ago, o, at.dist))
+        case "identity_ci_error":
+            ci_of = at.single_feature_ci()
+            errors = {m: identity_ci_error(ci_of[m], p, o.tolerance) for m, p in o.modules.items()}
+            return _under(name, errors)
+        case "mmcs_ml2r":
+            values = {}
+            for module, side in o.modules.items():
+                mmcs, ml2r = mmcs_ml2r(at.model.components[module], side)
+                values |= {f"mmcs/{module}": mmcs, f"ml2r/{module}": ml2r}
+            return values
+        case "pgd_multibatch_recon":
+            return at.multibatch_pgd(name, o)
+        case _:
+            return means(sums)
+
+
+def _draw(name: str, o: Any, at: Evaluation, sums: Sums, file: Path) -> None:
+    # Imported here: matplotlib takes long, and a run without figures does not need it.
+    from spd_core.metrics import figures
+
+    match name:
+        case "ci_histograms":
+            figure = figures.ci_histograms(sums)
+        case "ci_mean_per_component":
+            figure = figures.per_component(sums, "mean causal importance")
+        case "component_activation_density":
+            figure = figures.per_component(sums, "share of positions active")
+        case "uv_plots":
+            order = {n: s[:-1].argsort(descending=True).tolist() for n, s in sums.items()}
+            figure = figures.uv(at.model.components, order)
+        case "permuted_ci_plots":
+            figure = figures.permuted_ci(at.single_feature_ci())
+        case _:
+            part = load_part(f"eval.metrics.{name}", o, "figure")
+            figure = part(at.model, at.batch(0, "eval"))
+    figures.save(figure, file)
+
+
+def _under(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{key}": value for key, value in values.items()}

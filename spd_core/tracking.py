@@ -1,7 +1,4 @@
-"""What a run tells the world while it works: metrics.jsonl, and a progress bar.
-
-Only rank 0 tracks.
-"""
+"""What a run tells the world while it works: metrics.jsonl, and a progress bar."""
 
 import json
 import platform
@@ -19,9 +16,14 @@ from spd_core.run_dir import RunDir, append_metrics, write_atomic
 
 
 class Tracker:
-    """Writes metrics and shows progress. On a terminal a bar; in a log file one line per report."""
+    """Writes metrics and shows progress. On a terminal a bar; in a log file one line per report.
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, console: Console, first_step: int):
+    Without a folder, as on every rank but 0, it writes nothing.
+    """
+
+    def __init__(
+        self, config: RunConfig, run_dir: RunDir | None, console: Console, first_step: int
+    ) -> None:
         self.run_dir, self.console, self.steps = run_dir, console, config.train.steps
         self.first_step, self.started = first_step, time.monotonic()
         columns = (*Progress.get_default_columns(), TextColumn("{task.fields[at]}"))
@@ -38,7 +40,8 @@ class Tracker:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and show the main losses."""
-        append_metrics(self.run_dir, {"step": step, **values})
+        if self.run_dir is not None:
+            append_metrics(self.run_dir, {"step": step, **values})
         losses = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
         if losses:
             self.total = f"loss {losses['total']:.2e}"

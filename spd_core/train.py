@@ -11,12 +11,14 @@ import torch
 from rich.console import Console
 
 from spd_core import checkpoint, distributed
+from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
-from spd_core.distributed import Dist
+from spd_core.distributed import Dist, all_min, all_sum
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
 from spd_core.losses.faithfulness import faithfulness
-from spd_core.metrics.training import AliveComponents, CiObserver
+from spd_core.metrics import Sums, add, means, over_ranks
+from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
 from spd_core.parts import check_parts
 from spd_core.run_dir import RunDir, Status, truncate_metrics, write_status
 from spd_core.step import optimisation_step, schedules
@@ -24,93 +26,58 @@ from spd_core.targets.train_target import load_or_train_target
 from spd_core.tracking import Tracker, write_environment
 
 HEARTBEAT_S = 10.0
+Outcome = Literal["finished", "stopped"]
 
 
 def build_model(config: RunConfig, targets: Path, dist: Dist, console: Console) -> ComponentModel:
     """The target from the store (trained first if need be) with fresh components beside it."""
     target = load_or_train_target(config, targets, console)
     model = ComponentModel(target.module, config.decompose, config.seed, target.output)
-    model = model.to(dist.device)
-    if dist.is_main:
-        n_trained = sum(p.numel() for p in model.trained_parameters().values())
-        seed = "" if target.seed is None else f" of seed {target.seed}"
-        modules = ", ".join(f"{name} C={c.C}" for name, c in model.components.items())
-        console.print(
-            f"{config.target.kind} target{seed}; {modules}; {n_trained:,} trained parameters; "
-            f"batch {config.train.batch_size // dist.world_size} per rank x {dist.world_size}",
-            soft_wrap=True,
-        )
-    return model
+    n_trained = sum(p.numel() for p in model.trained_parameters().values())
+    seed = "" if target.seed is None else f" of seed {target.seed}"
+    modules = ", ".join(f"{name} C={c.C}" for name, c in model.components.items())
+    console.print(
+        f"{config.target.kind} target{seed}; {modules}; {n_trained:,} trained parameters; "
+        f"batch {config.train.batch_size // dist.world_size} per rank x {dist.world_size}",
+        soft_wrap=True,
+    )
+    return model.to(dist.device)
 
 
 def build_optimizer(config: RunConfig, model: ComponentModel) -> torch.optim.AdamW:
+    parameters, train = list(model.trained_parameters().values()), config.train
     return torch.optim.AdamW(
-        list(model.trained_parameters().values()),
-        lr=config.train.lr.start,
-        weight_decay=config.train.weight_decay,
-        fused=True,
+        parameters, lr=train.lr.start, weight_decay=train.weight_decay, fused=True
     )
 
 
 @dataclass
-class StatusWriter:
-    """Keeps status.json (rank 0 only); `step` is where the run stands, also when it fails."""
+class Run:
+    """One run on this rank; `step` is where it stands, also when it fails."""
 
+    config: RunConfig
     run_dir: RunDir
-    is_main: bool
-    steps: int
+    dist: Dist
+    should_stop: Callable[[], bool]
     attempt: int
     job_id: str | None
     step: int = 0
 
-    def write(self, state: Literal["running", "stopped", "finished", "failed"]) -> None:
-        if self.is_main:
-            now, host = time.time(), socket.gethostname()
-            fields = {"attempt": self.attempt, "job_id": self.job_id, "host": host}
-            fields |= {"state": state, "step": self.step, "steps": self.steps, "heartbeat": now}
+    def write_status(self, state: Literal["running", "stopped", "finished", "failed"]) -> None:
+        if self.dist.is_main:
+            fields = {"state": state, "step": self.step, "steps": self.config.train.steps}
+            fields |= {"attempt": self.attempt, "job_id": self.job_id}
+            fields |= {"host": socket.gethostname(), "heartbeat": time.time()}
             write_status(self.run_dir, Status.model_validate(fields))
 
 
 @dataclass(frozen=True)
 class Training:
-    """One decomposition in progress, on one rank."""
+    """What changes from step to step."""
 
-    config: RunConfig
-    run_dir: RunDir
-    dist: Dist
     model: ComponentModel
     optimizer: torch.optim.AdamW
-    alive: AliveComponents | None
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent in training steps alone, without logging, evaluations and checkpoints."""
-
-    device: torch.device
-    n_steps: int = 0
-    seconds: float = 0.0
-    _started: float | None = None
-    _last: tuple[int, float] = (0, 0.0)
-
-    def start(self) -> None:
-        if self._started is None:
-            self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._started is not None:
-            distributed.synchronise(self.device)
-            self.seconds += time.perf_counter() - self._started
-            self._started = None
-
-    def step_s(self) -> float:
-        return self.seconds / self.n_steps
-
-    def recent_step_s(self) -> float:
-        """Of the steps since the last call."""
-        n, seconds = self.n_steps - self._last[0], self.seconds - self._last[1]
-        self._last = (self.n_steps, self.seconds)
-        return seconds / n
+    positions_ago: PositionsAgo
 
 
 def train(
@@ -120,7 +87,7 @@ def train(
     should_stop: Callable[[], bool],
     attempt: int,
     job_id: str | None,
-) -> Literal["finished", "stopped"]:
+) -> Outcome:
     """Run, or continue, one decomposition; every rank calls this.
 
     Continues from the newest valid checkpoint. `should_stop` is asked on every rank after each
@@ -130,75 +97,60 @@ def train(
         ValueError: the config does not fit the target.
         FloatingPointError: a loss is not finite at a logged step.
     """
-    status = StatusWriter(run_dir, dist.is_main, config.train.steps, attempt, job_id)
-    status.write("running")
+    run = Run(config, run_dir, dist, should_stop, attempt, job_id)
+    run.write_status("running")
     try:
-        return _train(config, run_dir, dist, should_stop, status)
+        return _train(run)
     except BaseException:
         # Whatever ended the run, its status must say so; the error itself goes on.
-        status.write("failed")
+        run.write_status("failed")
         raise
 
 
-def _train(
-    config: RunConfig,
-    run_dir: RunDir,
-    dist: Dist,
-    should_stop: Callable[[], bool],
-    status: StatusWriter,
-) -> Literal["finished", "stopped"]:
-    console = Console(quiet=not dist.is_main)
+def _train(run: Run) -> Outcome:
+    config, console = run.config, Console(quiet=not run.dist.is_main)
     check_parts(config)
-    model = build_model(config, run_dir.targets, dist, console)
+    model = build_model(config, run.run_dir.targets, run.dist, console)
     check_metrics(config, model)
-    alive = AliveComponents.start(config.eval.metrics.alive_components, model)
-    training = Training(config, run_dir, dist, model, build_optimizer(config, model), alive)
-    status.step = _restore_or_warm_up(training, console)
-    _agree(status.step, model, dist)
-    status.write("running")
-    if dist.is_main:
-        write_environment(run_dir)
-        truncate_metrics(run_dir, status.step)
-    distributed.barrier(dist)
-    if not dist.is_main:
-        return _loop(training, should_stop, status, None)
-    with Tracker(config, run_dir, console, status.step) as tracker:
-        return _loop(training, should_stop, status, tracker)
+    ago = never_important(config.eval.metrics.alive_components, model)
+    training = Training(model, build_optimizer(config, model), ago)
+    _start(run, training, console)
+    run.write_status("running")
+    tracked = run.run_dir if run.dist.is_main else None
+    if tracked is not None:
+        write_environment(tracked)
+        truncate_metrics(tracked, run.step)
+    with Tracker(config, tracked, console, run.step) as tracker:
+        return _loop(run, training, tracker)
 
 
-def _restore_or_warm_up(t: Training, console: Console) -> int:
-    """Continue from the newest valid checkpoint, else start with the faithfulness warm-up."""
-    if not checkpoint.checkpoint_steps(t.run_dir):
-        faithfulness_warm_up(t.config, t.model)
-        distributed.barrier(t.dist)
-        return 0
-    folder, step, damaged = checkpoint.newest_valid_checkpoint(t.run_dir)
-    distributed.barrier(t.dist)  # every rank has looked before rank 0 moves anything
-    for damaged_folder, problem in damaged.items():
-        console.print(f"[yellow]{problem}: set aside", soft_wrap=True)
-        if t.dist.is_main:
-            checkpoint.set_aside(damaged_folder)
-    extra = checkpoint.load_checkpoint(folder, t.model, t.optimizer)
-    if t.alive is not None:
-        t.alive.load(extra)
-    console.print(f"continuing from step {step} ({folder})", soft_wrap=True)
-    return step
+def _start(run: Run, t: Training, console: Console) -> None:
+    """Continue from the newest valid checkpoint, else start with the faithfulness warm-up.
 
-
-def _agree(step: int, model: ComponentModel, dist: Dist) -> None:
-    """All ranks start from rank 0's weights, at one step.
-
-    Raises:
-        RuntimeError: a rank saw another checkpoint, as a slow network file system can cause.
+    What rank 0 found holds for all: a slow network file system may show others something else.
     """
-    main_step = torch.tensor(step, device=dist.device)
-    distributed.broadcast(main_step, dist)
-    if int(main_step) != step:
-        raise RuntimeError(
-            f"rank {dist.rank} found step {step}, rank 0 step {int(main_step)}; resume the run"
-        )
-    for parameter in model.trained_parameters().values():
-        distributed.broadcast(parameter.data, dist)
+    step = torch.tensor(0, device=run.dist.device)
+    if run.dist.is_main and checkpoint.checkpoint_steps(run.run_dir):
+        _, newest, damaged = checkpoint.newest_valid_checkpoint(run.run_dir)
+        step.fill_(newest)
+        for folder, problem in damaged.items():
+            console.print(f"[yellow]{problem}: set aside", soft_wrap=True)
+            checkpoint.set_aside(folder)
+    distributed.broadcast(step, run.dist)
+    run.step = int(step)
+    if run.step == 0:
+        faithfulness_warm_up(run.config, t.model)
+    else:
+        folder = run.run_dir.checkpoints / f"step_{run.step}"
+        extra = checkpoint.load_checkpoint(folder, t.model, t.optimizer)
+        for key in t.positions_ago.keys() & extra.keys():  # none if the metric was off until now
+            t.positions_ago[key].copy_(extra[key])
+        console.print(f"continuing from step {run.step} ({folder})", soft_wrap=True)
+    state = [*t.positions_ago.values()]
+    for parameter in t.model.trained_parameters().values():
+        state += [parameter.data, *t.optimizer.state[parameter].values()]
+    for tensor in state:
+        distributed.broadcast(tensor, run.dist)
 
 
 def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
@@ -214,54 +166,59 @@ def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
         optimizer.step()
 
 
-def _loop(
-    t: Training, should_stop: Callable[[], bool], status: StatusWriter, tracker: Tracker | None
-) -> Literal["finished", "stopped"]:
-    config, dist, step, steps = t.config, t.dist, status.step, t.config.train.steps
-    watch, last_heartbeat = Stopwatch(dist.device), time.monotonic()
-    while step < steps:
-        # ---- one optimisation step; from here on `step` counts the steps done
-        logged = (step + 1) % config.track.log_every == 0 or step + 1 in (1, steps)
-        observer = CiObserver(config.eval.metrics.ci_l0 if logged else None, t.alive, dist)
-        watch.start()
-        result = optimisation_step(config, t.model, t.optimizer, dist, step, observer.observe)
-        watch.n_steps += 1
-        scheduled = schedules(config, step)
-        step = status.step = step + 1
-        if logged:
-            watch.stop()
-            values = result.values() | observer.ci_l0()
-            _check_finite(values, step)
-            unit = "tokens" if result.n_positions > config.train.batch_size else "examples"
-            values[f"{unit}_per_s"] = result.n_positions / watch.recent_step_s()
-            if tracker is not None:
-                tracker.log(step, values | scheduled)
+def _loop(run: Run, t: Training, tracker: Tracker) -> Outcome:
+    config, dist, steps = run.config, run.dist, run.config.train.steps
+    alive, l0 = config.eval.metrics.alive_components, config.eval.metrics.ci_l0
+    l0_of_step: Sums = {}
+
+    def observe(ci: dict[str, CausalImportance]) -> None:
+        if alive is not None:
+            observe_alive(t.positions_ago, ci, alive, dist)
+        if l0 is not None and logged:
+            add(l0_of_step, l0_sums(ci, l0))
+
+    timed_from, started, heartbeat = run.step, time.perf_counter(), time.monotonic()
+    while run.step < steps:
+        # ---- one optimisation step; from then on `step` counts the steps done
+        logged = (run.step + 1) % config.track.log_every == 0 or run.step + 1 in (1, steps)
+        result = optimisation_step(config, t.model, t.optimizer, dist, run.step, observe)
+        step = run.step = run.step + 1
+        due = due_metrics(config, step)
 
         # ---- rare events
-        if due := due_metrics(config, step):
-            watch.stop()
-            figures = t.run_dir.figures / f"step_{step}"
-            metrics = evaluate(config, t.model, step, due, t.alive, watch.step_s(), dist, figures)
-            if tracker is not None:
-                tracker.log(step, metrics)
-        stopping = distributed.any_rank(should_stop(), dist)
-        if stopping or step % config.checkpoint.every_steps == 0 or step == steps:
-            watch.stop()
+        if logged or due:
+            distributed.synchronise(dist.device)
+            step_s = (time.perf_counter() - started) / (step - timed_from)  # of training alone
+            if logged:
+                values = result.values() | means(over_ranks(all_sum, l0_of_step, dist))
+                l0_of_step.clear()
+                _check_finite(values, step)
+                unit = "tokens" if result.n_positions > config.train.batch_size else "examples"
+                values[f"{unit}_per_s"] = result.n_positions / step_s
+                tracker.log(step, values | schedules(config, step - 1))
+            if due:
+                figures, ago = run.run_dir.figures / f"step_{step}", t.positions_ago
+                values = evaluate(config, t.model, step, due, ago, step_s, dist, figures)
+                tracker.log(step, values)
+        stopping = distributed.any_rank(run.should_stop(), dist)
+        saving = stopping or step % config.checkpoint.every_steps == 0 or step == steps
+        if saving:
             _check_finite({n: norm.item() for n, norm in result.grad_norms.items()}, step)
-            extra = {} if t.alive is None else t.alive.tensors(dist)
+            extra = over_ranks(all_min, t.positions_ago, dist)
             if dist.is_main:
                 keep = config.checkpoint.keep
-                checkpoint.save_checkpoint(t.run_dir, step, t.model, t.optimizer, extra, keep)
+                checkpoint.save_checkpoint(run.run_dir, step, t.model, t.optimizer, extra, keep)
             distributed.barrier(dist)
-        if tracker is not None:
-            tracker.advance(step)
+        if logged or due or saving:
+            timed_from, started = step, time.perf_counter()
+        tracker.advance(step)
         if stopping and step < steps:
-            status.write("stopped")
+            run.write_status("stopped")
             return "stopped"
-        if time.monotonic() - last_heartbeat > HEARTBEAT_S:
-            last_heartbeat = time.monotonic()
-            status.write("running")
-    status.write("finished")
+        if time.monotonic() - heartbeat > HEARTBEAT_S:
+            heartbeat = time.monotonic()
+            run.write_status("running")
+    run.write_status("finished")
     return "finished"
 
 

@@ -12,18 +12,10 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from spd_core.base_config import (
-    BaseConfig,
-    Count,
-    CustomConfig,
-    ScheduleConfig,
-    Seed,
-)
+from spd_core.base_config import BaseConfig, Count, CustomConfig, Positive, ScheduleConfig, Seed
 from spd_core.config.losses import LossesConfig
 from spd_core.config.metrics import MetricsConfig
 from spd_core.targets.config import DataConfig, TargetConfig
-
-# ---------------------------------------------------------------- decomposition
 
 
 class CiFnConfig(BaseConfig):
@@ -43,56 +35,44 @@ AnyCiFnConfig = Annotated[CiFnConfig | CustomCiFnConfig, Field(discriminator="ki
 
 
 class DecomposeConfig(BaseConfig):
-    modules: dict[str, Count | None] = Field(
-        description="fnmatch pattern of module paths -> number of subcomponents C; null = not these"
-    )
-    identity_modules: dict[str, Count] = Field(
-        description="pattern -> C of an identity matrix before each module, PATH.pre_identity"
-    )
+    """C is a number of subcomponents; a pattern, one of fnmatch for module paths."""
+
+    modules: dict[str, Count | None] = Field(description="pattern -> C; null = not these")
+    identity_modules: dict[str, Count] = Field(description="pattern -> C of PATH.pre_identity")
     ci_fn: AnyCiFnConfig
     sigmoid: Literal["leaky_hard", "normal", "hard", "swish_hard"]
     sampling: Literal["continuous", "binomial"]
     n_mask_samples: Count = Field(description="masks drawn per stochastic loss and step")
     delta_component: bool = Field(description="also mask the part of W that V U leaves out")
-    tied: list[tuple[str, str]] = Field(
-        description="pairs of module paths whose components start as each other's transpose"
-    )
+    tied: list[tuple[str, str]] = Field(description="paths that start as each other's transpose")
     distance: Literal["mse", "kl"] = Field(description="between target and masked output")
-
-
-# ---------------------------------------------------------------- training
 
 
 class WarmupConfig(BaseConfig):
     """Phase before training that fits V U to the target weights."""
 
     steps: Annotated[int, Field(ge=0)]
-    lr: Annotated[float, Field(gt=0)]
+    lr: Positive
     weight_decay: Annotated[float, Field(ge=0)]
 
 
 class GradClipConfig(BaseConfig):
     """Largest global gradient norm; null does not clip."""
 
-    components: Annotated[float, Field(gt=0)] | None
-    ci_fns: Annotated[float, Field(gt=0)] | None
+    components: Positive | None
+    ci_fns: Positive | None
 
 
 class TrainConfig(BaseConfig):
     steps: Count
     batch_size: Count = Field(description="global batch; dp divides it")
-    microbatch_size: Count | None = Field(
-        description="examples of one rank per forward pass; null = all of them at once"
-    )
+    microbatch_size: Count | None = Field(description="of one rank per forward pass; null = all")
     lr: ScheduleConfig
     weight_decay: Annotated[float, Field(ge=0)]
     grad_clip: GradClipConfig
     faithfulness_warmup: WarmupConfig
     autocast: Literal["off", "bf16"] = Field(description="precision of the forward passes")
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto = cuda where there is one")
-
-
-# ---------------------------------------------------------------- evaluation
 
 
 class EvalConfig(BaseConfig):
@@ -127,9 +107,6 @@ class TrackConfig(BaseConfig):
     wandb: WandbConfig
 
 
-# ---------------------------------------------------------------- where it runs
-
-
 class ClusterConfig(BaseConfig):
     """A profile of `slurm_templates/`; `kind: local` runs in this process's machine."""
 
@@ -139,7 +116,7 @@ class ClusterConfig(BaseConfig):
     nodes: Count | None = Field(description="null = as many as dp asks for")
     device: Literal["gpu", "cpu"] = Field(description="whether a task is given a GPU")
     cpus_per_task: Count = Field(description="cores, and CPU threads, of one rank")
-    mem_per_task_gb: Annotated[float, Field(gt=0)] | None
+    mem_per_task_gb: Positive | None
     partition: str | None
     account: str | None
     qos: str | None
@@ -178,39 +155,32 @@ class RunConfig(BaseConfig):
     launch: LaunchConfig
 
     @model_validator(mode="after")
-    def _data_fits_target(self) -> Self:
+    def _sections_fit(self) -> Self:
         match self.target.kind:
             case "tms" | "resid_mlp":
-                wanted = "sparse_features"
+                data = "sparse_features"
             case "induction":
-                wanted = "induction"
+                data = "induction"
             case "llama_simple" | "llama_simple_mlp" | "gpt2_simple" | "gpt2_simple_noln":
-                wanted = "text"
+                data = "text"
             case "custom":
-                return self
-        if self.data.kind != wanted:
+                data = self.data.kind
+        if self.data.kind != data:
             raise ValueError(
                 f"data.kind={self.data.kind} does not fit target.kind={self.target.kind}, "
-                f"which takes data.kind={wanted}"
+                f"which takes data.kind={data}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _batch_divides(self) -> Self:
-        if self.train.batch_size % self.dp:
+        dp, batch, micro = self.dp, self.train.batch_size, self.train.microbatch_size
+        if batch % dp:
+            raise ValueError(f"train.batch_size={batch} does not divide by dp={dp}")
+        if micro is not None and batch // dp % micro:
             raise ValueError(
-                f"train.batch_size={self.train.batch_size} does not divide by dp={self.dp}"
+                f"train.microbatch_size={micro} does not divide the {batch // dp} examples of a "
+                f"rank (train.batch_size={batch} / dp={dp})"
             )
-        per_rank = self.train.batch_size // self.dp
-        micro = self.train.microbatch_size
-        if micro is not None and per_rank % micro:
+        if self.eval.batch_size < dp:
             raise ValueError(
-                f"train.microbatch_size={micro} does not divide the {per_rank} examples of a rank "
-                f"(train.batch_size={self.train.batch_size} / dp={self.dp})"
-            )
-        if self.eval.batch_size < self.dp:
-            raise ValueError(
-                f"eval.batch_size={self.eval.batch_size} leaves some of dp={self.dp} ranks empty"
+                f"eval.batch_size={self.eval.batch_size} leaves some of dp={dp} ranks empty"
             )
         return self
 

@@ -1,10 +1,10 @@
 """The options of every loss. Trained ones add a coefficient; as a metric they add a frequency."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from spd_core.base_config import BaseConfig, Count, CustomConfig, Fraction, Named, ScheduleConfig
+from spd_core.base_config import BaseConfig, Count, CustomConfig, Fraction, Positive, ScheduleConfig
 
 When = Literal["fast", "slow"] | Count
 """fast = at every eval, slow = at the slow ones, a number = every so many steps."""
@@ -22,19 +22,17 @@ class FaithfulnessConfig(LossConfig):
 
 
 class ImportanceMinimalityConfig(LossConfig):
-    p: Annotated[float, Field(gt=0)]
+    p: Positive
     beta: Annotated[float, Field(ge=0)] = Field(description="weight of the log2 frequency term")
     p_anneal_start_frac: Fraction
     p_anneal_end_frac: Fraction
-    p_anneal_final_p: Annotated[float, Field(gt=0)]
+    p_anneal_final_p: Positive
 
     @model_validator(mode="after")
     def _anneal_order(self) -> Self:
-        if self.p_anneal_end_frac < self.p_anneal_start_frac:
-            raise ValueError(
-                f"p_anneal_end_frac={self.p_anneal_end_frac} lies before "
-                f"p_anneal_start_frac={self.p_anneal_start_frac}"
-            )
+        start, end = self.p_anneal_start_frac, self.p_anneal_end_frac
+        if end < start:
+            raise ValueError(f"p_anneal_end_frac={end} lies before p_anneal_start_frac={start}")
         return self
 
 
@@ -47,9 +45,8 @@ class StaticProbabilityConfig(BaseConfig):
     p: Fraction = Field(description="probability that a module runs on its components")
 
 
-SubsetRouting = Annotated[
-    UniformKSubsetConfig | StaticProbabilityConfig, Field(discriminator="kind")
-]
+Subset = UniformKSubsetConfig | StaticProbabilityConfig
+SubsetRouting = Annotated[Subset, Field(discriminator="kind")]
 
 
 class ReconConfig(LossConfig):
@@ -64,7 +61,7 @@ class PGDConfig(BaseConfig):
     """How the worst masks are looked for (projected gradient ascent on the sources)."""
 
     init: Literal["random", "ones", "zeroes"]
-    step_size: Annotated[float, Field(gt=0)]
+    step_size: Positive
     n_steps: Annotated[int, Field(ge=0)]
 
 
@@ -80,19 +77,14 @@ class CustomLossConfig(LossConfig, CustomConfig):
     """A loss of the user's own."""
 
 
-AnyLossConfig = (
-    FaithfulnessConfig
-    | ImportanceMinimalityConfig
-    | ReconConfig
-    | SubsetReconConfig
-    | PGDReconConfig
-    | CustomLossConfig
-)
+Recon = ReconConfig | SubsetReconConfig | PGDReconConfig
+AnyLossConfig = FaithfulnessConfig | ImportanceMinimalityConfig | Recon | CustomLossConfig
 
 
-class LossNames(Named):
+class LossNames(BaseConfig):
     """Every loss, trained or measured; one that is absent (null) is not computed."""
 
+    model_config = ConfigDict(extra="allow", frozen=True)  # parts of the user's own have own names
     importance_minimality: ImportanceMinimalityConfig | None = None
     faithfulness: FaithfulnessConfig | None = None
     unmasked_recon: ReconConfig | None = None
@@ -106,6 +98,10 @@ class LossNames(Named):
     pgd_recon_subset: PGDSubsetReconConfig | None = None
     pgd_recon_layerwise: PGDReconConfig | None = None
     stochastic_hidden_acts_recon: ReconConfig | None = None
+
+    def configured(self) -> dict[str, Any]:
+        """The parts that are on, also those of the user's own, by name."""
+        return {name: part for name, part in self if part is not None}
 
 
 class LossesConfig(LossNames):

@@ -8,39 +8,20 @@ from spd_core.base_config import BaseConfig, Count, CustomConfig, Fraction
 from spd_core.config.losses import LossNames, PGDConfig, SubsetRouting, When
 
 
-class IdentityPattern(BaseConfig):
-    """The known solution: an identity matrix over n features."""
-
-    kind: Literal["identity"]
-    n: Count
-
-
-class DensePattern(BaseConfig):
-    """The known solution: exactly k subcomponents active."""
-
-    kind: Literal["dense"]
-    k: Count
-
-
-SolutionPattern = Annotated[IdentityPattern | DensePattern, Field(discriminator="kind")]
-
-
 class MetricConfig(BaseConfig):
     when: When = Field(description="fast, slow, or every so many steps")
 
 
-class PlainMetricConfig(MetricConfig):
-    """A metric without options."""
-
-
 class CiL0Config(MetricConfig):
     threshold: Fraction = Field(description="a subcomponent counts where its ci is above")
-    groups: dict[str, list[str]] = Field(
-        description="further sums over modules: name -> fnmatch patterns of module paths"
-    )
+    groups: dict[str, list[str]] = Field(description="sums over modules: name -> fnmatch patterns")
 
 
-class DensityConfig(MetricConfig):
+class FigureConfig(MetricConfig):
+    """A figure without options."""
+
+
+class DensityConfig(FigureConfig):
     threshold: Fraction
 
 
@@ -62,6 +43,23 @@ class ModuleSet(BaseConfig):
 
 class SubsetCeAndKlConfig(MetricConfig):
     subsets: dict[str, ModuleSet] = Field(min_length=1)
+
+
+class IdentityPattern(BaseConfig):
+    """The known solution: an identity matrix over n features."""
+
+    kind: Literal["identity"]
+    n: Count
+
+
+class DensePattern(BaseConfig):
+    """The known solution: exactly k subcomponents active."""
+
+    kind: Literal["dense"]
+    k: Count
+
+
+SolutionPattern = Annotated[IdentityPattern | DensePattern, Field(discriminator="kind")]
 
 
 class IdentityCiErrorConfig(MetricConfig):
@@ -91,7 +89,7 @@ class CustomMetricConfig(MetricConfig, CustomConfig):
 class MetricsConfig(LossNames):
     """Metrics by name, every loss among them; others need a `path`."""
 
-    losses: PlainMetricConfig | None = Field(None, description="every loss that is trained")
+    losses: MetricConfig | None = Field(None, description="every loss that is trained")
     ci_l0: CiL0Config | None = None
     alive_components: AliveComponentsConfig | None = None
     identity_ci_error: IdentityCiErrorConfig | None = None
@@ -99,21 +97,18 @@ class MetricsConfig(LossNames):
     ce_and_kl: CeAndKlConfig | None = None
     stochastic_recon_subset_ce_and_kl: SubsetCeAndKlConfig | None = None
     pgd_multibatch_recon: PGDMultibatchConfig | None = None
-
     # figures
-    ci_histograms: PlainMetricConfig | None = None
+    ci_histograms: FigureConfig | None = None
     component_activation_density: DensityConfig | None = None
-    ci_mean_per_component: PlainMetricConfig | None = None
-    permuted_ci_plots: PlainMetricConfig | None = None
-    uv_plots: PlainMetricConfig | None = None
+    ci_mean_per_component: FigureConfig | None = None
+    permuted_ci_plots: FigureConfig | None = None
+    uv_plots: FigureConfig | None = None
     __pydantic_extra__: dict[str, CustomMetricConfig | None]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @model_validator(mode="after")
     def _each_has_a_frequency(self) -> Self:
-        for name in set(LossNames.model_fields) & set(self.configured()):
-            loss = getattr(self, name)
-            if loss.when is None or loss.coeff is not None:
-                raise ValueError(
-                    f"{name} needs a `when`, and no coeff: eval.metrics.{name}.when=slow"
-                )
+        for name, loss in self.configured().items():
+            if name in LossNames.model_fields and (loss.when is None or loss.coeff is not None):
+                needs = f"{name} needs a `when`, and no coeff"
+                raise ValueError(f"{needs}: eval.metrics.{name}.when=slow")
         return self

@@ -1,37 +1,39 @@
-"""Sums over positions of causal importances; sums of batches and ranks add up."""
-
-from fnmatch import fnmatchcase
+"""Causal importances: what of them adds up over positions, and which subcomponents are alive."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
-from spd_core.config.metrics import CiL0Config
+from spd_core.component_model import ComponentModel
+from spd_core.config.metrics import AliveComponentsConfig, CiL0Config
+from spd_core.distributed import Dist, all_min
+from spd_core.metrics import matching, over_ranks
 
 N_BINS = 50
 RANGES = {"lower": (0.0, 1.0), "upper": (0.0, 1.1), "pre_sigmoid": (-3.0, 3.0)}
 
+PositionsAgo = dict[str, Int[Tensor, "C"]]
+"""How many positions ago each subcomponent was last important, on this rank's data.
 
-@torch.no_grad()
+The keys are those of a checkpoint, alive:MODULE."""
+
+
 def l0_sums(ci: dict[str, CausalImportance], config: CiL0Config) -> dict[str, Float[Tensor, "2"]]:
     """(active subcomponents, positions) of every module and group; the key has the threshold."""
-    n_positions = next(iter(ci.values())).lower[..., 0].numel()
+    n_positions = _n_positions(ci)
     active = {}
     for name, module_ci in ci.items():
         above = (module_ci.lower > config.threshold).flatten(0, -2)
-        # A module may run at fewer positions than the first, as position embeddings do.
         active[name] = above.sum() * (n_positions / len(above))
     for group, patterns in config.groups.items():
-        members = [n for n in ci if any(fnmatchcase(n, p) for p in patterns)]
-        active[group] = torch.stack([active[n] for n in members]).sum()
+        active[group] = torch.stack([active[n] for n in matching(list(ci), patterns)]).sum()
     return {
         f"ci_l0_{config.threshold}/{name}": torch.stack([n, torch.full_like(n, n_positions)])
         for name, n in active.items()
     }
 
 
-@torch.no_grad()
 def component_sums(
     ci: dict[str, CausalImportance], threshold: float | None
 ) -> dict[str, Float[Tensor, "C_plus_1"]]:
@@ -45,23 +47,49 @@ def component_sums(
     return sums
 
 
-@torch.no_grad()
 def histogram_sums(ci: dict[str, CausalImportance]) -> dict[str, Float[Tensor, "3 n_bins"]]:
     """Per module, counts of lower, upper and pre-sigmoid values.
 
     Values outside a histogram's range fall into its outermost bins.
     """
+
+    def histogram(values: Tensor, low: float, high: float) -> Float[Tensor, "n_bins"]:
+        # histc counts in float32, which stops at 2**24: in parts, added up in double.
+        parts = [part.clamp(low, high) for part in values.flatten().split(2**24)]
+        return torch.stack([part.histc(N_BINS, low, high).double() for part in parts]).sum(0)
+
     return {
-        name: torch.stack(
-            [_histogram(getattr(module_ci, kind), *ends) for kind, ends in RANGES.items()]
-        )
-        for name, module_ci in ci.items()
+        name: torch.stack([histogram(getattr(c, kind), *ends) for kind, ends in RANGES.items()])
+        for name, c in ci.items()
     }
 
 
-def _histogram(values: Float[Tensor, "..."], low: float, high: float) -> Float[Tensor, "n_bins"]:
-    # histc counts in float32, which stops at 2**24: in parts, added up in double.
-    parts = values.flatten().split(2**24)
-    return torch.stack(
-        [torch.histc(part.clamp(low, high), N_BINS, low, high).double() for part in parts]
-    ).sum(0)
+def never_important(config: AliveComponentsConfig | None, model: ComponentModel) -> PositionsAgo:
+    """The state before training; empty where the metric is off."""
+    if config is None:
+        return {}
+    return {
+        f"alive:{name}": torch.full((c.C,), config.n_examples, device=c.V.device)
+        for name, c in model.components.items()
+    }
+
+
+def observe_alive(
+    ago: PositionsAgo, ci: dict[str, CausalImportance], config: AliveComponentsConfig, dist: Dist
+) -> None:
+    """Take note of one batch of this rank, while the others have one of the same size."""
+    n_positions = _n_positions(ci) * dist.world_size
+    for name, module_ci in ci.items():
+        important = (module_ci.lower > config.threshold).flatten(0, -2).any(0)
+        ago[f"alive:{name}"].add_(n_positions).masked_fill_(important, 0)
+
+
+def n_alive(ago: PositionsAgo, config: AliveComponentsConfig, dist: Dist) -> dict[str, float]:
+    """Subcomponents that were important on any rank in the last `n_examples` positions of all."""
+    alive = {k: a < config.n_examples for k, a in over_ranks(all_min, ago, dist).items()}
+    return {key.removeprefix("alive:"): float(a.sum()) for key, a in alive.items()}
+
+
+def _n_positions(ci: dict[str, CausalImportance]) -> int:
+    """Of the first module: another may run at fewer positions, as position embeddings do."""
+    return next(iter(ci.values())).lower[..., 0].numel()

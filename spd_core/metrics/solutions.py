@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn import functional as F
 
 from spd_core.component_model import ComponentModel
 from spd_core.components import LinearComponents
@@ -27,11 +28,9 @@ def single_feature_ci(
 
 def permute_to_identity(ci: Float[Tensor, "n_features C"]) -> Float[Tensor, "n_features C"]:
     """Columns reordered so that the diagonal is as large as it can be; the rest by size."""
-    _, columns = linear_sum_assignment(-ci.cpu().numpy())
-    chosen = [int(c) for c in columns]
-    chosen_set = set(chosen)
-    rest = [int(c) for c in ci.sum(0).argsort(descending=True) if int(c) not in chosen_set]
-    return ci[:, chosen + rest]
+    chosen = linear_sum_assignment(-ci.cpu().numpy())[1].tolist()
+    by_size = ci.sum(0).argsort(descending=True).tolist()
+    return ci[:, [*chosen, *(c for c in by_size if c not in chosen)]]
 
 
 def identity_ci_error(
@@ -44,21 +43,18 @@ def identity_ci_error(
     """
     match pattern:
         case IdentityPattern(n=n):
-            if ci.shape[0] != n:
-                raise ValueError(
-                    f"eval.metrics.identity_ci_error: identity of n={n}, but the target has "
-                    f"{ci.shape[0]} features"
-                )
+            features, C = ci.shape
+            if features != n:
+                problem = f"identity of n={n}, but the target has {features} features"
+                raise ValueError(f"eval.metrics.identity_ci_error: {problem}")
             # With fewer subcomponents than features, the missing ones count as never active.
-            padded = torch.nn.functional.pad(ci, (0, max(n - ci.shape[1], 0)))
-            permuted = permute_to_identity(padded)
-            wanted = torch.eye(n, permuted.shape[1], device=ci.device)
+            permuted = permute_to_identity(F.pad(ci, (0, max(n - C, 0))))
+            wanted = torch.eye(n, max(n, C), device=ci.device)
             return int(((permuted - wanted).abs() > tolerance).sum())
         case DensePattern(k=k):
             return abs(int((ci > tolerance).any(0).sum()) - k)
 
 
-@torch.no_grad()
 def mmcs_ml2r(
     components: LinearComponents, side: Literal["features_in", "features_out"]
 ) -> tuple[float, float]:

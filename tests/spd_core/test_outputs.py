@@ -11,7 +11,8 @@ from spd_core.component_model import ComponentModel
 from spd_core.config.metrics import ModuleSet
 from spd_core.data.batches import Batch
 from spd_core.evaluate import check_metrics, evaluate
-from spd_core.metrics.outputs import ce_and_kl_sums, ce_and_kl_values, subset_ce_and_kl_sums
+from spd_core.metrics import means
+from spd_core.metrics.outputs import ce_and_kl_sums, subset_ce_and_kl_sums
 from spd_core.randomness import StepRandomness
 
 VOCAB, SEQ = 7, 6
@@ -98,8 +99,8 @@ def test_six_kinds_of_masks(delta, language_model, monkeypatch):
     batch = batch_of(model, tokens)
     passes = spied(model, monkeypatch)
     sums = ce_and_kl_sums(model, batch, rounding_threshold=0.6)
-    masks = dict(zip([k[3:] for k in sums if k.startswith("ce/") and "target" not in k], passes,
-                     strict=True))  # fmt: skip
+    kinds = [key.removeprefix("kl/") for key in sums if key.startswith("kl/")]
+    masks = dict(zip(kinds, passes, strict=True))
     assert masks.keys() == KINDS
     for name, ci in batch.ci.items():
         m = {kind: of_kind[name].mask for kind, of_kind in masks.items()}
@@ -111,7 +112,7 @@ def test_six_kinds_of_masks(delta, language_model, monkeypatch):
         deltas = {kind for kind, of_kind in masks.items() if of_kind[name].delta_mask is not None}
         assert deltas == ({"stochastic_masked"} if delta == "true" else set())
     target = logits_numpy(model, tokens, {})
-    got = ce_and_kl_values(sums)
+    got = means(sums)
     n, ce_target = 3 * (SEQ - 1), ce_numpy(target, tokens)
     assert got.pop("ce/target") == pytest.approx(ce_target / n, rel=1e-5)
     lost = ce_numpy(logits_numpy(model, tokens, masks["zero_masked"]), tokens) - ce_target
@@ -149,8 +150,10 @@ def test_sums_of_parts_add_up(language_model):
         ce_and_kl_sums(model, batch_of(model, tokens[s], {n: v[s] for n, v in lower.items()}), 0.5)
         for s in (slice(0, 2), slice(2, 5))
     )
+    for sums in (whole, first, second):
+        sums["ce/ci_masked"] = sums["ce/target"] + sums["ce_difference/ci_masked"]
     for key in ("ce/target", "ce/ci_masked", "kl/ci_masked", "kl/rounded_masked", "kl/zero_masked"):
-        torch.testing.assert_close(first[key] + second[key], whole[key])
+        torch.testing.assert_close((first[key] + second[key]).float(), whole[key].float())
 
 
 def test_named_sets_of_modules(language_model, monkeypatch):
@@ -161,7 +164,7 @@ def test_named_sets_of_modules(language_model, monkeypatch):
         "a/head": ModuleSet(include=["mix", "head"], exclude=["m?x"]),
     }
     batch, passes = batch_of(model, tokens), spied(model, monkeypatch)
-    got = ce_and_kl_values(subset_ce_and_kl_sums(model, batch, subsets))
+    got = means(subset_ce_and_kl_sums(model, batch, subsets))
     by_modules = {
         names: [masks for masks in passes if tuple(masks) == names and not is_zero(masks)]
         for names in (("embed", "mix"), ("head",))
@@ -184,10 +187,14 @@ def is_zero(masks):
     return all((info.mask == 0).all() for info in masks.values())
 
 
-def test_where_zero_masks_lose_nothing_no_fraction_is_made_up():
-    pair = torch.tensor([6.0, 3.0])
-    sums = {f"{m}/{k}": pair for m in ("ce", "kl") for k in ("zero_masked", "ci_masked")}
-    values = ce_and_kl_values({"ce/target": pair, **sums})
+def test_where_zero_masks_lose_nothing_no_fraction_is_made_up(language_model):
+    """Weights of zero: whatever the masks, nothing but the biases is left."""
+    model = language_model("decompose.delta_component=false")
+    for name, c in model.components.items():
+        for weight in (c.weight, c.U, model.target.get_submodule(name).weight):
+            weight.zero_()
+    tokens = torch.randint(0, VOCAB, (3, SEQ))
+    values = means(ce_and_kl_sums(model, batch_of(model, tokens), 0.5))
     assert values["ce_difference/ci_masked"] == 0 and np.isnan(values["ce_unrecovered/ci_masked"])
 
 

@@ -15,7 +15,8 @@ from spd_core.ci_fns import CausalImportance
 from spd_core.config.metrics import AliveComponentsConfig, CiL0Config
 from spd_core.data.batches import training_batches
 from spd_core.distributed import Dist
-from spd_core.metrics.training import AliveComponents, CiObserver
+from spd_core.metrics import Sums, add, means, over_ranks
+from spd_core.metrics.ci import l0_sums, n_alive, observe_alive
 from spd_core.run_dir import read_metrics
 from spd_core.train import build_model, faithfulness_warm_up, train
 
@@ -23,9 +24,13 @@ THRESHOLD, C = 0.25, 5
 ONE = Dist(0, 1, torch.device("cpu"))
 
 
-def alive_components(n_examples):
-    config = AliveComponentsConfig(when="fast", threshold=THRESHOLD, n_examples=n_examples)
-    return AliveComponents(config, {"a": torch.full((C,), n_examples)})
+def options(n_examples):
+    return AliveComponentsConfig(when="fast", threshold=THRESHOLD, n_examples=n_examples)
+
+
+def never(n_examples, *names):
+    """No subcomponent of these modules was ever important."""
+    return {f"alive:{name}": torch.full((C,), n_examples) for name in names}
 
 
 def importances(generator, *positions):
@@ -41,70 +46,63 @@ def above(ci):
 @given(st.integers(0, 99), st.integers(1, 40), st.sampled_from([(6,), (2, 3), (1,)]))
 def test_alive_means_important_within_the_last_examples(seed, n_examples, positions):
     """Exact where n_examples is whole batches; else it may look into the oldest one as a whole."""
-    generator, alive = torch.Generator().manual_seed(seed), alive_components(n_examples)
-    history, size = np.zeros((0, C), bool), int(np.prod(positions))
+    generator, config = torch.Generator().manual_seed(seed), options(n_examples)
+    ago, history, size = never(n_examples, "a"), np.zeros((0, C), bool), int(np.prod(positions))
     for _ in range(10):
-        assert alive.n_alive(ONE) == {"a": history[-n_examples:].any(0).sum()} or (
+        assert n_alive(ago, config, ONE) == {"a": history[-n_examples:].any(0).sum()} or (
             n_examples % size
         )
         ci = importances(generator, *positions)
-        alive.observe(ci, ONE)
+        observe_alive(ago, ci, config, ONE)
         history = np.concatenate([history, above(ci)])
         least = history[-n_examples:].any(0).sum()
         most = history[-(n_examples + size - 1) :].any(0).sum()
-        assert least <= alive.n_alive(ONE)["a"] <= most
+        assert least <= n_alive(ago, config, ONE)["a"] <= most
 
 
 def test_a_value_at_the_threshold_is_not_important():
-    alive = alive_components(8)
-    lower = torch.full((4, C), THRESHOLD)
-    alive.observe({"a": CausalImportance(lower, lower + 1, lower + 1)}, ONE)
-    assert alive.n_alive(ONE) == {"a": 0}
+    ago, lower = never(8, "a"), torch.full((4, C), THRESHOLD)
+    observe_alive(ago, {"a": CausalImportance(lower, lower + 1, lower + 1)}, options(8), ONE)
+    assert n_alive(ago, options(8), ONE) == {"a": 0}
 
 
 def test_a_module_at_fewer_positions_forgets_as_fast_as_the_others():
     """Position embeddings run once for the 4 examples of a batch; all last 2 batches of 4 x 3."""
-    config = AliveComponentsConfig(when="fast", threshold=THRESHOLD, n_examples=24)
-    alive = AliveComponents(config, {n: torch.full((C,), 24) for n in ("tokens", "positions")})
-    counts = []
+    ago, counts = never(24, "tokens", "positions"), []
     for value in (1.0, 0.0, 0.0):
         lower = {"tokens": torch.full((4, 3, C), value), "positions": torch.full((1, 3, C), value)}
-        alive.observe({n: CausalImportance(v, v, v) for n, v in lower.items()}, ONE)
-        counts.append(alive.n_alive(ONE))
+        ci = {n: CausalImportance(v, v, v) for n, v in lower.items()}
+        observe_alive(ago, ci, options(24), ONE)
+        counts.append(n_alive(ago, options(24), ONE))
     assert counts == [{"tokens": n, "positions": n} for n in (C, C, 0)]
 
 
 @given(st.integers(0, 99), st.integers(1, 9))
 def test_a_loaded_state_goes_on_as_the_saved_one(seed, n_batches):
-    generator, alive = torch.Generator().manual_seed(seed), alive_components(12)
+    generator, ago, config = torch.Generator().manual_seed(seed), never(12, "a"), options(12)
     for _ in range(n_batches):
-        alive.observe(importances(generator, 4), ONE)
-    loaded = alive_components(12)
-    loaded.load(alive.tensors(ONE))
+        observe_alive(ago, importances(generator, 4), config, ONE)
+    loaded = over_ranks(distributed.all_min, ago, ONE)
     for _ in range(4):
         ci = importances(generator, 4)
-        for each in (alive, loaded):
-            each.observe(ci, ONE)
-        assert alive.n_alive(ONE) == loaded.n_alive(ONE)
+        for each in (ago, loaded):
+            observe_alive(each, ci, config, ONE)
+        assert n_alive(ago, config, ONE) == n_alive(loaded, config, ONE)
 
 
 def rank_main(rank, port, queue):
     """Six steps of two microbatches; what is alive after each, and the state that is saved."""
     torch.set_num_threads(1)
     dist = distributed.init(rank, 2, rank, "127.0.0.1", port, "cpu")
-    generator, alive, counts, seen = (
-        torch.Generator().manual_seed(rank),
-        alive_components(24),
-        [],
-        [],
-    )
+    generator, config = torch.Generator().manual_seed(rank), options(24)
+    ago, counts, seen = never(24, "a"), [], []
     for _ in range(6):
         for _ in range(2):
             ci = importances(generator, 3)
-            alive.observe(ci, dist)
+            observe_alive(ago, ci, config, dist)
             seen.append(above(ci).tolist())
-        counts.append(alive.n_alive(dist)["a"])
-    state = {name: t.tolist() for name, t in alive.tensors(dist).items()}
+        counts.append(n_alive(ago, config, dist)["a"])
+    state = {name: t.tolist() for name, t in over_ranks(distributed.all_min, ago, dist).items()}
     distributed.shutdown()
     queue.put((rank, seen, counts, state))
 
@@ -130,13 +128,13 @@ def test_alive_on_any_rank_is_alive():
 
 def test_ci_l0_sums_over_microbatches():
     config = CiL0Config(when="fast", threshold=THRESHOLD, groups={"all": ["*"]})
-    observer, generator = CiObserver(config, None, ONE), torch.Generator().manual_seed(0)
+    sums, generator = Sums(), torch.Generator().manual_seed(0)
     batches = [importances(generator, 4, 2) for _ in range(3)]
     for ci in batches:
-        observer.observe(ci)
+        add(sums, l0_sums(ci, config))
     l0 = np.concatenate([above(ci) for ci in batches]).sum(1).mean()
     assert l0 > 0
-    assert observer.ci_l0() == {
+    assert means(over_ranks(distributed.all_sum, sums, ONE)) == {
         f"ci_l0_{THRESHOLD}/a": pytest.approx(l0),
         f"ci_l0_{THRESHOLD}/all": pytest.approx(l0),
     }
