@@ -1,7 +1,7 @@
 """Parts of the user's own: a loss, metric, figure or causal-importance function by import path.
 
 A part is a function (or class) such as `def my_loss(model, batch, *, power: float)`. What stands
-before the * is given to it where it is used; after the * stand its options, which are in the config.
+before the * is given to it where it is used; after the * stand its options, given in the config.
 """
 
 import importlib
