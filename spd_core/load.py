@@ -9,7 +9,7 @@ from spd_core.checkpoint import load_model, newest_valid_checkpoint
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig, load_config
 from spd_core.run_dir import RunDir
-from spd_core.targets.train_target import load_target, target_folder
+from spd_core.targets.train_target import load_target
 
 WANDB = re.compile(
     r"(?:wandb:|https?://[^/]+/)?([\w.-]+)/([\w.-]+)(?:/runs)?/([\w.-]+)(?:/overview)?/?(?:\?.*)?"
@@ -66,21 +66,10 @@ def wandb_reference(reference: str) -> tuple[str, str] | None:
     return None if match is None else (f"{match[1]}/{match[2]}", match[3])
 
 
-def files_to_load(run_dir: RunDir, config: RunConfig) -> dict[str, Path]:
-    """All that `load_run` needs of a run, by its place below a folder of outputs."""
-    folder, _, _ = newest_valid_checkpoint(run_dir)
-    paths = [run_dir.config_file, *folder.iterdir()]
-    if config.target.kind != "custom":
-        paths += target_folder(config, run_dir.targets).iterdir()
-    root = run_dir.path.parent.parent
-    return {str(path.relative_to(root)): path for path in paths}
-
-
 def _download(project: str, run_id: str, folder: Path) -> RunDir:
-    """Fetch what `files_to_load` names and the tracker uploaded."""
+    """Fetch what `spd_launch.upload` sent of a finished run."""
     import wandb  # takes seconds, and few runs come from there
 
-    run_dir = RunDir(folder.absolute() / "runs" / run_id)
     try:
         for file in wandb.Api(timeout=30).run(f"{project}/{run_id}").files():
             if file.name.startswith(("runs/", "targets/")):
@@ -90,4 +79,4 @@ def _download(project: str, run_id: str, folder: Path) -> RunDir:
             f"cannot download {project}/{run_id} from W&B: {error}; "
             "is it the right run, and does `wandb login` know you?"
         ) from None
-    return run_dir
+    return RunDir(folder.absolute() / "runs" / run_id)

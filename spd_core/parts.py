@@ -1,11 +1,7 @@
 """Parts of the user's own: a loss, metric, figure or causal-importance function by import path.
 
-A part is a function (or class) whose positional parameters are given by the place where it is used
-and whose keyword-only parameters are its options:
-
-    def my_loss(model, batch, *, power: float) -> LossParts: ...
-
-in the config as `losses.mine={path: my_package.my_loss, coeff: 1.0, power: 0.5}`.
+A part is a function (or class) such as `def my_loss(model, batch, *, power: float)`. What stands
+before the * is given to it where it is used; after the * stand its options, given in the config.
 """
 
 import importlib

@@ -48,20 +48,13 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         yield temporary
-        for file in temporary.glob("*"):
-            file.chmod(0o644)  # safetensors writes files that only their owner can read
-            fsync(file)
-        fsync(temporary)
+        for written in [*temporary.glob("*")] or [temporary]:
+            written.chmod(0o644)  # safetensors writes files that only their owner can read
+            with open(written, "rb") as file:
+                os.fsync(file.fileno())
         os.rename(temporary, path)
-        fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def write_atomic(path: Path, text: str) -> None:

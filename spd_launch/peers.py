@@ -20,6 +20,7 @@ from spd_core.distributed import Dist, broadcast
 BLAME_S = 1.5  # an error waits to hear of another that came first: a killed peer breaks collectives
 FAREWELL_S = 5.0  # for the answer to an error
 GRACE_S = 10.0  # for a rank to leave by itself when another one failed
+CALL_S = 60.0  # for all ranks to come to `watching`
 DONE = "done"
 
 
@@ -82,7 +83,6 @@ def _call_main(dist: Dist, main_address: str) -> Connection:
     port = torch.zeros((), dtype=torch.long, device=dist.device)
     if dist.is_main:
         server = socket.create_server(("", 0), backlog=dist.world_size)
-        server.settimeout(GRACE_S)  # for all to call
         threading.Thread(target=_switchboard, args=(server, dist.world_size), daemon=True).start()
         port += server.getsockname()[1]
     broadcast(port, dist)
@@ -94,6 +94,7 @@ def _call_main(dist: Dist, main_address: str) -> Connection:
 def _switchboard(server: socket.socket, world_size: int) -> None:
     """Hear of every rank an error or DONE; tell all the first error, or DONE when all are."""
     with server:
+        server.settimeout(CALL_S)
         lines = [_line(server.accept()[0]) for _ in range(world_size)]
     ranks = {line: int(_hear(line, -1)) for line in lines}
     lines.sort(key=ranks.__getitem__, reverse=True)  # rank 0 is told last: it takes this along

@@ -122,13 +122,23 @@ def _records(metrics_file: Path, follow: bool) -> Iterator[dict[str, Any]]:
 
 
 def _save_files(run: Any, run_dir: RunDir, config: RunConfig) -> None:
-    from spd_core.load import files_to_load  # imports torch: not beside training
-
     for name, path in files_to_load(run_dir, config).items():
         link = Path(run.dir, name)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve(strict=True))
         run.save(link, base_path=run.dir, policy="now")
+
+
+def files_to_load(run_dir: RunDir, config: RunConfig) -> dict[str, Path]:
+    """All that `spd_core.load_run` needs of a run, by its place below a folder of outputs."""
+    from spd_core.checkpoint import newest_valid_checkpoint  # imports torch: not beside training
+    from spd_core.targets.train_target import target_folder
+
+    paths = [run_dir.config_file, *newest_valid_checkpoint(run_dir)[0].iterdir()]
+    if config.target.kind != "custom":
+        paths += target_folder(config, run_dir.targets).iterdir()
+    root = run_dir.path.parent.parent
+    return {str(path.relative_to(root)): path for path in paths}
 
 
 def _state(run_dir: RunDir) -> str:

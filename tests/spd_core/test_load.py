@@ -7,8 +7,9 @@ import torch
 import spd_core
 from spd_core.checkpoint import newest_valid_checkpoint
 from spd_core.config import config_to_yaml
-from spd_core.load import files_to_load, find_run, wandb_reference
+from spd_core.load import find_run, wandb_reference
 from spd_core.train import train
+from spd_launch.upload import files_to_load
 
 
 @pytest.fixture
