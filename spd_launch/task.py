@@ -8,6 +8,7 @@ TERM (preemption, or scancel)      save together, then WAIT to be killed: who ex
                                    period counts as completed and is never requeued by Slurm, and
                                    a cancelled job must not requeue itself.
 Locally, INT and TERM save and exit with 130.
+A toy target cannot be saved on its way: it goes on, and starts anew where it is killed.
 """
 
 import fcntl
@@ -20,15 +21,19 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn, TextIO
+from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 
 from spd_core.config import ClusterConfig, RunConfig, load_config
-from spd_core.run_dir import RunDir, read_status
+from spd_core.run_dir import RunDir, Status, read_status, write_status
 from spd_launch.errors import LaunchError, exit_with
-from spd_launch.ledger import mark
+from spd_launch.ledger import mark, mark_failed, n_steps
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
 
+if TYPE_CHECKING:
+    from spd_core.distributed import Dist
+
 STOPPED = 130  # exit code of a local run that was asked to stop
+HEARTBEAT_S = 10.0
 
 
 def rank_environment(cluster: ClusterConfig, python_path: Path) -> dict[str, str]:
@@ -93,7 +98,7 @@ class Stop:
 
 
 def run(path: str) -> None:
-    """Train the run in this folder, from its newest checkpoint if it has one.
+    """Train what the run in this folder asks for, from its newest checkpoint if it has one.
 
     An exception marks the run failed and leaves the process with a non-zero code.
     """
@@ -108,7 +113,8 @@ def run(path: str) -> None:
     status = read_status(run_dir)
     if status is not None and status.state == "finished":
         print(f"{run_dir.path.name} is finished already")
-        if place.rank == 0 and not run_dir.report_file.exists():  # killed before it was written
+        reported = config.launch.goal == "target" or run_dir.report_file.exists()
+        if place.rank == 0 and not reported:  # killed before it was written
             _report(run_dir)
         return
     try:
@@ -118,7 +124,7 @@ def run(path: str) -> None:
 
         # Who was stopped by another rank leaves the word to that one and to rank 0, who knows more.
         if place.rank == 0 or not isinstance(error, PeerFailed):
-            mark(run_dir, "failed")
+            mark_failed(run_dir, error)
         raise
     if outcome == "stopped":
         _leave(config, place, stop)
@@ -158,20 +164,72 @@ def _end_with_launcher(cluster: ClusterConfig) -> None:
 
 def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
     from spd_core import distributed
-    from spd_core.train import train
 
     meeting = _meet(run_dir, place)
     dist = distributed.init(
         place.rank, place.world_size, place.local_rank,
         meeting.address, meeting.port, _device(config, place),
     )  # fmt: skip
-    outcome = train(config, run_dir, dist, stop, meeting.attempt, place.job_id)
+    match config.launch.goal:
+        case "decomposition":
+            outcome = _decompose(config, run_dir, dist, stop, meeting.attempt, place.job_id)
+        case "target":
+            outcome = _train_target(config, run_dir, dist, stop, meeting.attempt, place.job_id)
+    if outcome == "finished":
+        distributed.shutdown()
+    return outcome
+
+
+def _decompose(
+    config: RunConfig, run_dir: RunDir, dist: "Dist", stop: Stop, attempt: int, job_id: str
+) -> Literal["finished", "stopped"]:
+    from spd_core import distributed
+    from spd_core.train import train
+
+    outcome = train(config, run_dir, dist, stop, attempt, job_id)
     if outcome == "finished":
         with distributed.watching(dist):
-            if place.rank == 0:
+            if dist.is_main:
                 _report(run_dir)
             distributed.barrier(dist)  # srun --wait ends a job a minute after its first rank left
-        distributed.shutdown()
+    return outcome
+
+
+def _train_target(
+    config: RunConfig, run_dir: RunDir, dist: "Dist", stop: Stop, attempt: int, job_id: str
+) -> Literal["finished", "stopped"]:
+    from rich.console import Console
+
+    from spd_core import distributed
+    from spd_core.targets.train_target import target_folder, train_target
+
+    step, written = 0, 0.0
+
+    def write(state: Literal["running", "finished", "stopped"]) -> None:
+        nonlocal written
+        written = time.monotonic()
+        if dist.is_main:
+            now, host, steps = time.time(), socket.gethostname(), n_steps(config)
+            write_status(run_dir, Status(
+                state=state, step=step, steps=steps, heartbeat=now, attempt=attempt,
+                job_id=job_id, host=host,
+            ))  # fmt: skip
+
+    def after_step(done: int) -> bool:
+        nonlocal step
+        step = done
+        if time.monotonic() - written > HEARTBEAT_S:
+            write("running")
+        return stop()
+
+    write("running")
+    console = Console(quiet=not dist.is_main)
+    with distributed.watching(dist, lambda: mark(run_dir, "failed")):
+        outcome = train_target(config, run_dir.targets, dist, console, after_step)
+    if outcome == "finished":
+        step = n_steps(config)
+        console.print(f"the target is in {target_folder(config, run_dir.targets)}", soft_wrap=True)
+    write(outcome)
     return outcome
 
 

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TextIO
 
 import torch
 from rich.console import Console
@@ -17,8 +19,9 @@ from torch import nn
 
 from spd_core import distributed
 from spd_core.checkpoint import fsync
-from spd_core.config import RunConfig, config_digest
+from spd_core.config import RunConfig
 from spd_core.data.batches import token_data
+from spd_core.distributed import Dist
 from spd_core.randomness import stream
 from spd_core.targets.config import (
     CustomTargetConfig,
@@ -35,8 +38,9 @@ from spd_core.targets.induction import (
     induction_problem,
     train_induction,
 )
-from spd_core.targets.pretrain import pretrain_on_text
+from spd_core.targets.pretrain import Stopped, pretrain_on_text
 from spd_core.targets.resid_mlp import ResidMLP, resid_mlp_problem, train_resid_mlp
+from spd_core.targets.store import target_folder
 from spd_core.targets.tms import TMS, tms_problem, train_tms
 from spd_core.targets.transformer import build
 
@@ -58,18 +62,58 @@ def load_or_train_target(config: RunConfig, store: Path, console: Console) -> Ta
     """
     if isinstance(config.target, CustomTargetConfig):
         return _load_custom(config.target)
-    folder = target_folder(config, store)
-    store.mkdir(parents=True, exist_ok=True)
-    # Several tasks may ask for the same target at once: one trains it, the others wait here.
-    with open(store / f"{folder.name}.lock", "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            _train_into(config, folder, console)
+    here = Dist(0, 1, torch.device(_device(config)))
+    train_target(config, store, here, console, lambda _: False)
     return load_target(config, store)
 
 
-def target_folder(config: RunConfig, store: Path) -> Path:
-    return store / (config_digest(config.target)[:8] + config_digest(config.data)[:8])
+def train_target(
+    config: RunConfig,
+    store: Path,
+    dist: Dist,
+    console: Console,
+    after_step: Callable[[int], bool],
+) -> Literal["finished", "stopped"]:
+    """Put the target of this config into the store, unless it is there; every rank calls this.
+
+    Toy targets are trained alike on every rank, language models by all ranks together; these ask
+    `after_step`, on every rank, with the steps done: where one answers True, all stop and have
+    saved, and the next call goes on from there.
+
+    Raises:
+        ValueError: no seed gave a good target.
+    """
+    folder = target_folder(config, store)
+    store.mkdir(parents=True, exist_ok=True)
+    # Several jobs may ask for the same target at once: one trains it, the others wait here.
+    with open(store / f"{folder.name}.lock", "w") as lock:
+        try:
+            _acquire(lock, dist, console, after_step)
+            if distributed.any_rank(dist.is_main and not folder.exists(), dist):
+                _train_into(config, folder, dist, console, after_step)
+        except Stopped:
+            return "stopped"
+    return "finished"
+
+
+def _acquire(lock: TextIO, dist: Dist, console: Console, after_step: Callable[[int], bool]) -> None:
+    """Rank 0 locks for all; by asking again and again, since the others wait in a collective."""
+
+    def locked() -> bool:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    waiting = False
+    while not distributed.any_rank(dist.is_main and locked(), dist):
+        if not waiting:
+            console.print("another process is training this target: waiting for it")
+        waiting = True
+        if distributed.any_rank(after_step(0), dist):
+            raise Stopped
+        time.sleep(0.5)
 
 
 def load_target(config: RunConfig, store: Path) -> Target:
@@ -107,7 +151,12 @@ def untrained_target(config: RunConfig, generator: torch.Generator) -> nn.Module
 
 
 def _train(
-    config: RunConfig, seed: int, folder: Path, console: Console
+    config: RunConfig,
+    seed: int,
+    work: Path,
+    dist: Dist,
+    console: Console,
+    after_step: Callable[[int], bool],
 ) -> tuple[nn.Module, float, str | None]:
     """A trained target, its loss, and what is wrong with it."""
     match config.target, config.data:
@@ -121,12 +170,9 @@ def _train(
             model, loss = train_induction(config.target, config.data, seed)
             return model, loss, induction_problem(model, config.target, config.data)
         case TransformerTargetConfig(), TextDataConfig():
-            data = token_data(config.data, config.launch.out_dir)
+            data = token_data(config.data, work.parent.parent)
             target = config.target.model_copy(update={"seed": seed})
-            here = distributed.Dist(0, 1, torch.device(_device(config)))
-            work = folder.with_name(f".{folder.name}.pretrain")
-            model, loss = pretrain_on_text(target, data, here, work, console)
-            shutil.rmtree(work)
+            model, loss = pretrain_on_text(target, data, dist, work, console, after_step)
             return model.cpu(), loss, None
         case _:
             raise AssertionError(config.target.kind)
@@ -137,16 +183,26 @@ def _device(config: RunConfig) -> str:
     return "cuda" if use_cuda else "cpu"
 
 
-def _train_into(config: RunConfig, folder: Path, console: Console) -> None:
+def _train_into(
+    config: RunConfig,
+    folder: Path,
+    dist: Dist,
+    console: Console,
+    after_step: Callable[[int], bool],
+) -> None:
     """Try one seed after the other until the target is good, then keep it."""
     assert not isinstance(config.target, CustomTargetConfig)
     first, n_seeds = config.target.seed, config.target.n_seeds
+    work = folder.with_name(f".{folder.name}.pretrain")
     for seed in range(first, first + n_seeds):
         console.print(f"training the target (seed {seed}, {config.target.steps} steps)")
-        module, loss, problem = _train(config, seed, folder, console)
+        module, loss, problem = _train(config, seed, work, dist, console, after_step)
         if problem is None:
             console.print(f"target trained with seed {seed}: loss {loss:.2e}")
-            return keep(config, module, {"seed": seed, "loss": loss}, folder)
+            if dist.is_main:
+                _keep(config, module, {"seed": seed, "loss": loss}, folder)
+                shutil.rmtree(work, ignore_errors=True)  # toy targets have none
+            return
         console.print(f"target seed {seed} {problem}: next seed")
     raise ValueError(
         f"no target of seeds {first} to {first + n_seeds - 1} is good; "
@@ -154,7 +210,7 @@ def _train_into(config: RunConfig, folder: Path, console: Console) -> None:
     )
 
 
-def keep(
+def _keep(
     config: RunConfig, module: nn.Module, record: dict[str, float | int], folder: Path
 ) -> None:
     """Put a trained target into the store, whole or not at all."""

@@ -146,6 +146,11 @@ def test_config_is_shown_and_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert yaml.safe_load(shown.stdout)["seed"] == 7
     done = run("spd_launch", "-m", *LOCAL, "seed=0,1", "launch.dry_run=true", out=tmp_path)
     assert done.returncode == 0 and "2 run(s), each 1 node(s) x 1 process(es)" in done.stdout
+    on_slurm = ["+experiment=tms_5-2", "cluster=cpu", "seed=0,1", "dp=2", "launch.dry_run=true"]
+    done = run("spd_launch", "-m", *on_slurm, out=tmp_path)
+    assert "1 target(s), each 1 node(s) x 1 process(es)" in done.stdout
+    assert "2 run(s), each 1 node(s) x 2 process(es)" in done.stdout
+    assert done.stdout.count("   after target-tms-") == 2
     assert not list(tmp_path.iterdir())
 
 
