@@ -15,7 +15,7 @@ from spd_launch.compose import (
     default_cluster,
     experiment_names,
 )
-from spd_launch.errors import exit_with
+from spd_launch.errors import LaunchError, exit_with
 
 USAGE = "python -m spd_launch [-m] +experiment=NAME [key=value ...]"
 EXAMPLES = """examples:
@@ -87,11 +87,12 @@ def launch(composed: list[Composed]) -> int:
     runs = [(run.overrides, validate(run.values)) for run in composed]
     options = runs[0][1].launch
     plan = make_plan(runs, "DRYRUN", "0000", stored_targets(runs))
+    if options.dry_run:
+        return _show_plan(plan)
+    _take_targets([config for _, config in runs])
     if not plan.tasks:
         print(f"nothing to do: every target is in {options.out_dir / 'targets'}")
         return 0
-    if options.dry_run:
-        return _show_plan(plan)
     plan, folder = new_launch(runs)
     with all_or_nothing(folder, plan):
         code = Snapshot(PACKAGE_ROOT, None)
@@ -99,6 +100,25 @@ def launch(composed: list[Composed]) -> int:
             code = take_snapshot(PACKAGE_ROOT, folder.code, plan.launch_id, options.out_dir)
         record(folder, plan, code.python_path, code.commit)
         return start(folder, plan.tasks, plan.cluster.kind, code.python_path)
+
+
+def _take_targets(configs) -> None:
+    """Put targets of other runs into the store, so that a wrong reference shows before any job."""
+    configs = [c for c in configs if c.target.kind != "custom" and c.target.from_run is not None]
+    if not configs:
+        return
+    import torch
+    from rich.console import Console
+
+    from spd_core.distributed import Dist
+    from spd_core.targets.train_target import train_target
+
+    here, console = Dist(0, 1, torch.device("cpu")), Console(stderr=True)
+    for config in configs:
+        try:
+            train_target(config, config.launch.out_dir / "targets", here, console, lambda _: False)
+        except ValueError as error:
+            raise LaunchError(str(error)) from None
 
 
 def start(folder, tasks, kind: str, python_path: Path) -> int:

@@ -101,11 +101,12 @@ def missing_targets(
     """Name -> how the launch trains it first, with the resources of the first run that needs it."""
     targets: dict[str, RunConfig] = {}
     for _, config in runs:
-        goal, kind, name = config.launch.goal, config.target.kind, target_name(config)
-        if goal == "target" and kind == "custom":
+        goal, name = config.launch.goal, target_name(config)
+        if goal == "target" and config.target.kind == "custom":
             raise LaunchError("launch.goal=target: a custom target is loaded, never trained")
         first = goal == "target" or config.cluster.kind == "slurm"
-        if first and kind != "custom" and name not in stored:
+        trained = config.target.kind != "custom" and config.target.from_run is None
+        if first and trained and name not in stored:
             targets.setdefault(name, _target_run(config))
     return targets
 

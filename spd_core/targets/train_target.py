@@ -3,9 +3,7 @@
 import fcntl
 import importlib
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +12,11 @@ from typing import Any, Literal, TextIO
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_model, save_model
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import nn
 
 from spd_core import distributed
-from spd_core.checkpoint import fsync
 from spd_core.config import RunConfig
 from spd_core.data.batches import token_data
 from spd_core.distributed import Dist
@@ -38,6 +36,7 @@ from spd_core.targets.induction import (
     induction_problem,
     train_induction,
 )
+from spd_core.targets.keep import copy_from_run, different_fields, keep
 from spd_core.targets.pretrain import Stopped, pretrain_on_text
 from spd_core.targets.resid_mlp import ResidMLP, resid_mlp_problem, train_resid_mlp
 from spd_core.targets.store import target_folder
@@ -120,16 +119,25 @@ def load_target(config: RunConfig, store: Path) -> Target:
     """A trained target.
 
     Raises:
-        ValueError: the store has none of this config.
+        ValueError: the store has none of this config, or one that does not fit.
     """
     if isinstance(config.target, CustomTargetConfig):
         return _load_custom(config.target)
     folder = target_folder(config, store)
     if not folder.is_dir():
         raise ValueError(f"no target at {folder}: it was moved, or never trained")
+    record = json.loads((folder / "target.json").read_text())
+    if differences := different_fields(record["config"], config.target):
+        raise ValueError(
+            f"{folder} has the target of another config. There and here: {'; '.join(differences)}"
+        )
     module = untrained_target(config, stream(0, "placeholder", device=torch.device("cpu")))
-    load_model(module, folder / "target.safetensors")
-    return Target(module, None, json.loads((folder / "target.json").read_text())["seed"])
+    try:
+        load_model(module, folder / "target.safetensors")
+    except (RuntimeError, SafetensorError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{folder} does not fit target and data: {problem}") from None
+    return Target(module, None, record["seed"])
 
 
 def untrained_target(config: RunConfig, generator: torch.Generator) -> nn.Module:
@@ -190,8 +198,14 @@ def _train_into(
     console: Console,
     after_step: Callable[[int], bool],
 ) -> None:
-    """Try one seed after the other until the target is good, then keep it."""
+    """Try one seed after the other until the target is good; or copy that of another run."""
     assert not isinstance(config.target, CustomTargetConfig)
+    if config.target.from_run is not None:
+        if dist.is_main:
+            copy_from_run(config, config.target.from_run, folder)
+        distributed.barrier(dist)
+        console.print(f"took the target of {config.target.from_run}", soft_wrap=True)
+        return
     first, n_seeds = config.target.seed, config.target.n_seeds
     work = folder.with_name(f".{folder.name}.pretrain")
     for seed in range(first, first + n_seeds):
@@ -200,7 +214,7 @@ def _train_into(
         if problem is None:
             console.print(f"target trained with seed {seed}: loss {loss:.2e}")
             if dist.is_main:
-                _keep(config, module, {"seed": seed, "loss": loss}, folder)
+                keep(config, module, seed, loss, folder)
                 shutil.rmtree(work, ignore_errors=True)  # toy targets have none
             return
         console.print(f"target seed {seed} {problem}: next seed")
@@ -208,25 +222,6 @@ def _train_into(
         f"no target of seeds {first} to {first + n_seeds - 1} is good; "
         "raise target.n_seeds or target.steps"
     )
-
-
-def _keep(
-    config: RunConfig, module: nn.Module, record: dict[str, float | int], folder: Path
-) -> None:
-    """Put a trained target into the store, whole or not at all."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        save_model(module, str(temporary / "target.safetensors"))
-        whole = {**record, "config": config.target.model_dump(mode="json")}
-        (temporary / "target.json").write_text(json.dumps(whole, indent=2))
-        for path in temporary.iterdir():
-            path.chmod(0o644)  # safetensors writes files that only their owner can read
-            fsync(path)
-        temporary.chmod(0o755)
-        fsync(temporary)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _load_custom(config: CustomTargetConfig) -> Target:
