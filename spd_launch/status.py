@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spd_core.run_dir import read_status
+from spd_core.targets.store import read_record
 from spd_launch import ledger
 from spd_launch.errors import exit_with
 from spd_launch.ledger import LaunchDir
@@ -53,16 +54,19 @@ def _print_runs(launch: LaunchDir, rows: list[Observed]) -> None:
 
     title = f"{launch.launch_id}  ({ledger.read_info(launch)['kind']})"
     table = Table(title=title, title_justify="left")
-    for name in ("#", "run", "state", "step", "seen", "attempt", "job", "where"):
+    for name in ("#", "run", "state", "step", "seen", "attempt", "target", "job", "where"):
         table.add_column(name, no_wrap=name != "where")
     colours = {"finished": "green", "failed": "red", "no target": "red", "running": "cyan"}
     for row in rows:
         status = row.status
         seen = f"{_ago(status.heartbeat)} ago" if status.attempt else "-"
         colour = colours.get(row.state, "yellow")
+        record = read_record(row.task.config, launch.run_dir(row.task.run_id).targets)
+        seed = "" if record is None else f"seed {record.seed}"
         table.add_row(
             str(row.task.index), row.task.run_id, f"[{colour}]{row.state}[/]",
-            f"{status.step}/{status.steps}", seen, str(status.attempt), row.job_id, row.where,
+            f"{status.step}/{status.steps}", seen, str(status.attempt), seed,
+            row.job_id, row.where,
         )  # fmt: skip
     _console().print(table)
 

@@ -34,3 +34,20 @@ def read_record(config: RunConfig, store: Path) -> TargetRecord | None:
         return None
     record = json.loads(file.read_text())
     return TargetRecord(record["seed"], record["loss"])
+
+
+def describe_target(config: RunConfig, store: Path) -> str:
+    """What is decomposed, which seed gave it, and its loss, in words."""
+    target, record = config.target, read_record(config, store)
+    if target.kind == "custom":
+        return target.class_path + (f" of {target.pretrained}" if target.pretrained else "")
+    if record is None:
+        return f"{target.kind}, not trained yet"
+    match target.kind:
+        case "tms" | "resid_mlp":
+            loss = f"mean squared error {record.loss:.2e}"
+        case "induction":
+            loss = f"loss {record.loss:.3f} nats"
+        case "llama_simple" | "llama_simple_mlp" | "gpt2_simple" | "gpt2_simple_noln":
+            loss = f"validation loss {record.loss:.3f} nats"
+    return f"{target.kind} of seed {record.seed}, {loss}"

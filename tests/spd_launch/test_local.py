@@ -89,7 +89,8 @@ def test_two_processes_finish_and_say_where_the_report_is(start: Start, out: Pat
     assert current(out).state == "finished" and current(out).step == 4
     assert str(run_dir.report_file) in text and run_dir.report_file.exists()
     assert {r["step"] for r in read_metrics(run_dir)} >= {1, 2, 4}
-    assert "finished" in ended(start("spd_launch.status", "latest"), 0)
+    shown = ended(start("spd_launch.status", "latest"), 0)
+    assert "finished" in shown and "seed 0" in shown and "target  tms of seed 0" in text
     assert "nothing to resume" in ended(start("spd_launch.resume", "latest"), 0)
 
 
