@@ -79,6 +79,8 @@ def _show_config(composed: list[Composed]) -> int:
 
 def launch(composed: list[Composed]) -> int:
     """Validate every run, then send all of them or none."""
+    from spd_core.targets.store import target_name
+    from spd_launch.inputs import check_inputs
     from spd_launch.ledger import all_or_nothing, new_launch, record, stored_targets
     from spd_launch.plan import make_plan
     from spd_launch.snapshot import Snapshot, take_snapshot
@@ -89,6 +91,8 @@ def launch(composed: list[Composed]) -> int:
     plan = make_plan(runs, "DRYRUN", "0000", stored_targets(runs))
     if options.dry_run:
         return _show_plan(plan)
+    for config in {target_name(config): config for _, config in runs}.values():
+        check_inputs(config)
     _take_targets([config for _, config in runs])
     if not plan.tasks:
         print(f"nothing to do: every target is in {options.out_dir / 'targets'}")

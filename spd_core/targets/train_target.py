@@ -19,6 +19,7 @@ from torch import nn
 from spd_core import distributed
 from spd_core.config import RunConfig
 from spd_core.data.batches import token_data
+from spd_core.data.documents import WITHOUT_HUB
 from spd_core.distributed import Dist
 from spd_core.randomness import stream
 from spd_core.targets.config import (
@@ -60,7 +61,10 @@ def load_or_train_target(config: RunConfig, store: Path, console: Console) -> Ta
         ValueError: no seed gave a good target, or a custom one cannot be loaded.
     """
     if isinstance(config.target, CustomTargetConfig):
-        return _load_custom(config.target)
+        target = _load_custom(config.target)
+        if isinstance(config.data, TextDataConfig):
+            _check_vocabulary(target.module, config.data, store.parent)
+        return target
     here = Dist(0, 1, torch.device(_device(config)))
     train_target(config, store, here, console, lambda _: False)
     return load_target(config, store)
@@ -224,20 +228,52 @@ def _train_into(
     )
 
 
+def load_class(class_path: str) -> Any:
+    """What stands at an import path.
+
+    Raises:
+        ValueError: nothing, or it cannot be imported.
+    """
+    module_name, _, name = class_path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"target.class_path={class_path}: {error}; it is found in the repository, in an "
+            "installed package, or in a folder of PYTHONPATH"
+        ) from None
+
+
 def _load_custom(config: CustomTargetConfig) -> Target:
     """An importable module, with the weights that its own from_pretrained finds."""
-    module_name, _, name = config.class_path.rpartition(".")
+    made = load_class(config.class_path)
     try:
-        made = getattr(importlib.import_module(module_name), name)
         module = made() if config.pretrained is None else made.from_pretrained(config.pretrained)
-    except (ImportError, AttributeError, OSError, ValueError) as error:
-        raise ValueError(
-            f"target.class_path={config.class_path}, target.pretrained={config.pretrained}: "
-            f"{error}. Without network, set HF_HUB_OFFLINE=1 and give a local folder"
-        ) from error
-    assert isinstance(module, nn.Module)
+    except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
+        given = f"target.class_path={config.class_path}"
+        advice = ""
+        if config.pretrained is not None:
+            given += f", target.pretrained={config.pretrained}"
+            advice = f"; {WITHOUT_HUB['target.pretrained']}"
+        raise ValueError(f"{given}: {' '.join(str(error).split())}{advice}") from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"target.class_path={config.class_path} makes no torch.nn.Module")
     # A cache of keys and values is of no use in one forward pass, and costs memory.
     settings: Any = getattr(module, "config", None)
     if hasattr(settings, "use_cache"):
         settings.use_cache = False
     return Target(module, config.output, None)
+
+
+def _check_vocabulary(module: nn.Module, data: TextDataConfig, out_dir: Path) -> None:
+    """Refuse tokens that a custom target has no embedding of."""
+    find: Any = getattr(module, "get_input_embeddings", None)  # of transformers
+    tables = [find()] if find is not None else module.modules()
+    sizes = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
+    n_tokens = token_data(data, out_dir).vocab_size
+    if sizes and max(sizes) < n_tokens:
+        raise ValueError(
+            f"data.tokenizer={data.tokenizer} has {n_tokens} tokens (data.vocab_size="
+            f"{data.vocab_size} where it is trained here), but the target embeds {max(sizes)}: "
+            "take the target's own tokenizer"
+        )

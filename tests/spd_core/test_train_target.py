@@ -1,6 +1,7 @@
 import pytest
 import torch
 from rich.console import Console
+from test_keep import text_run
 
 from spd_core.randomness import stream
 from spd_core.targets.tms import TMS, tms_problem, train_tms
@@ -94,10 +95,40 @@ def test_a_pretrained_model_of_transformers_from_a_folder(make_config, tmp_path)
     assert target.output == "logits" and target.module.config.use_cache is False
 
 
-@pytest.mark.parametrize("class_path, pretrained", [
-    ("no_such_package.Net", None), ("torch.nn.NoSuchModule", None),
-    ("transformers.GPT2LMHeadModel", "no/such/folder/at/all"),
+@pytest.mark.parametrize("class_path, pretrained, message", [
+    ("no_such_package.Net", None, "No module named 'no_such_package'; it is found in .*PYTHONPATH"),
+    ("torch.nn.NoSuchModule", None, "has no attribute 'NoSuchModule'; it is found in "),
+    ("transformers.GPT2LMHeadModel", "no/such/folder/at/all", "pretrained=no.*HF_HUB_OFFLINE"),
+    ("torch.nn.Linear", None, "missing 2 required positional arguments"),
+    ("torch.nn.Linear", "x", "pretrained=x: .*no attribute 'from_pretrained'"),
+    ("pathlib.Path", None, r"makes no torch\.nn\.Module"),
 ])  # fmt: skip
-def test_a_custom_target_that_is_not_there_is_named(class_path, pretrained, make_config, tmp_path):
-    with pytest.raises(ValueError, match=rf"class_path={class_path}.*HF_HUB_OFFLINE"):
+def test_a_custom_target_that_is_not_there_is_named(
+    class_path, pretrained, message, make_config, tmp_path
+):
+    with pytest.raises(ValueError, match=rf"^target\.class_path={class_path}.*{message}") as error:
         load_or_train_target(custom(make_config, class_path, pretrained), tmp_path, QUIET)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("class_path", ["transformers.GPT2LMHeadModel", "my_lm.Net"])
+def test_more_tokens_than_a_custom_target_embeds_are_refused(
+    class_path, make_config, tmp_path, monkeypatch
+):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    (tmp_path / "my_lm.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(nn.Embedding(299, 8), nn.Linear(8, 299))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    # The positions are as many as the tokens: what counts is the table of tokens.
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 299, "n_positions": 300}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    name = str(tmp_path / "gpt2") if class_path.startswith("transformers") else None
+    target = custom(make_config, class_path, name).target
+    config = text_run(make_config, target)
+    with pytest.raises(ValueError, match=r"data\.tokenizer=None has 300 tokens .*embeds 299"):
+        load_or_train_target(config, tmp_path / "targets", QUIET)
+    fewer = text_run(make_config, target, vocab_size=299)
+    assert load_or_train_target(fewer, tmp_path / "targets", QUIET).seed is None
