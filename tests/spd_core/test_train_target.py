@@ -1,11 +1,16 @@
+import io
+import subprocess
+import sys
+
 import pytest
 import torch
 from rich.console import Console
 from test_keep import text_run
 
 from spd_core.randomness import stream
+from spd_core.targets.store import read_record, target_folder
 from spd_core.targets.tms import TMS, tms_problem, train_tms
-from spd_core.targets.train_target import load_or_train_target
+from spd_core.targets.train_target import load_or_train_target, train_target
 
 QUIET = Console(quiet=True)
 
@@ -29,6 +34,32 @@ def test_another_target_or_other_data_is_another_entry(make_config, tmp_path):
     for override in ("seed=5", "target.steps=151", "data.feature_probability=0.06"):
         load_or_train_target(make_config(override), tmp_path, QUIET)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+
+
+def test_who_comes_second_waits_until_the_first_has_ended_or_it_is_stopped(
+    make_config, one_process, tmp_path
+):
+    config, console = make_config(), Console(file=io.StringIO(), width=200)
+    lock = tmp_path / f"{target_folder(config, tmp_path).name}.lock"
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    until = "print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", f"{hold}; {until}", str(lock)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as first:
+        assert first.stdout is not None and first.stdin is not None and first.stdout.readline()
+        asked = []
+
+        def after_step(step):
+            asked.append(step)
+            return len(asked) == 2
+
+        arguments = (config, tmp_path, one_process, console)
+        assert train_target(*arguments, after_step) == "stopped" and asked == [0, 0]
+        assert "another process is training this target" in console.file.getvalue()
+        assert read_record(config, tmp_path) is None
+        first.stdin.close()
+    assert train_target(*arguments, lambda _: False) == "finished"
+    assert read_record(config, tmp_path) is not None
 
 
 def test_a_target_without_every_feature_is_rejected(make_config, tmp_path):
