@@ -22,7 +22,7 @@ def main() -> int:
         raise LaunchError(f"{launch.launch_id} ran in a terminal, which kept its output")
     tasks = ledger.read_tasks(launch)
     n_runs = sum(task.config.launch.goal == "decomposition" for task in tasks)
-    if given.task is None and n_runs > 1 and not given.follow:
+    if given.task is None and (n_runs or len(tasks)) > 1 and not given.follow:
         for task in tasks:
             print(f"{task.index:4}  {task.run_id}  {log_file(launch, task, given.rank)}")
         return 0

@@ -87,6 +87,8 @@ def train_target(
         ValueError: no seed gave a good target.
     """
     folder = target_folder(config, store)
+    if distributed.any_rank(dist.is_main and folder.exists(), dist):
+        return "finished"
     store.mkdir(parents=True, exist_ok=True)
     # Several jobs may ask for the same target at once: one trains it, the others wait here.
     with open(store / f"{folder.name}.lock", "w") as lock:
