@@ -14,6 +14,7 @@ from string import Template
 from spd_analysis.summary import columns_of, environment, format_value, metric_tables, verdict
 from spd_core.config import load_config
 from spd_core.run_dir import RunDir, read_metrics, write_atomic
+from spd_core.targets.store import describe_target
 
 CAPTIONS = {
     "permuted_ci_plots": (
@@ -83,7 +84,8 @@ def write_report(run_dir: RunDir) -> Path:
     subtitle = (
         f"{config.experiment}, seed {config.seed}, {config.train.steps:,} steps, "
         f"batch {config.train.batch_size:,}, dp {config.dp}; "
-        f"torch {env['torch']} on {env['device']}"
+        f"torch {env['torch']} on {env['device']}; "
+        f"target {describe_target(config, run_dir.targets)}"
     )
     page = PAGE.substitute(
         name=escape(run_dir.path.name),

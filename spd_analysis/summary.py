@@ -6,7 +6,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from spd_core.config import load_config
 from spd_core.run_dir import RunDir, read_metrics
+from spd_core.targets.store import describe_target
 
 Tables = dict[str, dict[str, dict[str, float]]]
 """Title -> row -> column -> value."""
@@ -86,6 +88,8 @@ def print_summary(run_dir: RunDir) -> None:
     if (result := verdict(tables)) is not None:
         found, sentence = result
         console.print(f"[bold {'green' if found else 'yellow'}]{sentence}", highlight=False)
+    target = describe_target(load_config(run_dir.config_file), run_dir.targets)
+    console.print(f"target  {target}", soft_wrap=True, highlight=False)
     console.print(f"run     {run_dir.path.resolve()}", soft_wrap=True)
     console.print(
         f"report  {run_dir.report_file.resolve()}  (open it in a browser)", soft_wrap=True

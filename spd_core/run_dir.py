@@ -48,8 +48,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
         for written in [*temporary.glob("*")] or [temporary]:
-            written.chmod(0o644)  # safetensors writes files that only their owner can read
+            written.chmod(0o666 & ~umask)  # safetensors writes files for their owner alone
             with open(written, "rb") as file:
                 os.fsync(file.fileno())
         os.rename(temporary, path)

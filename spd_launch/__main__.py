@@ -15,7 +15,7 @@ from spd_launch.compose import (
     default_cluster,
     experiment_names,
 )
-from spd_launch.errors import exit_with
+from spd_launch.errors import LaunchError, exit_with
 
 USAGE = "python -m spd_launch [-m] +experiment=NAME [key=value ...]"
 EXAMPLES = """examples:
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   python -m spd_launch +experiment=tms_5-2 cluster=cpu dp=16          2 nodes x 8 tasks
   python -m spd_launch -m +experiment=tms_5-2 seed=0,1,2              three runs, one job array
   python -m spd_launch +experiment=tms_5-2 launch.dry_run=true        what would be done
+  python -m spd_launch +experiment=tms_5-2 launch.goal=target         only train the target
   python -m spd_launch +experiment=tms_5-2 --cfg job                  the composed config
 
 afterwards:
@@ -78,15 +79,24 @@ def _show_config(composed: list[Composed]) -> int:
 
 def launch(composed: list[Composed]) -> int:
     """Validate every run, then send all of them or none."""
-    from spd_launch.ledger import all_or_nothing, new_launch, record
+    from spd_core.targets.store import target_name
+    from spd_launch.inputs import check_inputs
+    from spd_launch.ledger import all_or_nothing, new_launch, record, stored_targets
     from spd_launch.plan import make_plan
     from spd_launch.snapshot import Snapshot, take_snapshot
     from spd_launch.validate import validate
 
     runs = [(run.overrides, validate(run.values)) for run in composed]
     options = runs[0][1].launch
+    plan = make_plan(runs, "DRYRUN", "0000", stored_targets(runs))
     if options.dry_run:
-        return _show_plan(make_plan(runs, "DRYRUN", "0000"))
+        return _show_plan(plan)
+    for config in {target_name(config): config for _, config in runs}.values():
+        check_inputs(config)
+    _take_targets([config for _, config in runs])
+    if not plan.tasks:
+        print(f"nothing to do: every target is in {options.out_dir / 'targets'}")
+        return 0
     plan, folder = new_launch(runs)
     with all_or_nothing(folder, plan):
         code = Snapshot(PACKAGE_ROOT, None)
@@ -96,12 +106,31 @@ def launch(composed: list[Composed]) -> int:
         return start(folder, plan.tasks, plan.cluster.kind, code.python_path)
 
 
+def _take_targets(configs) -> None:
+    """Put targets of other runs into the store, so that a wrong reference shows before any job."""
+    configs = [c for c in configs if c.target.kind != "custom" and c.target.from_run is not None]
+    if not configs:
+        return
+    import torch
+    from rich.console import Console
+
+    from spd_core.distributed import Dist
+    from spd_core.targets.train_target import train_target
+
+    here, console = Dist(0, 1, torch.device("cpu")), Console(stderr=True)
+    for config in configs:
+        try:
+            train_target(config, config.launch.out_dir / "targets", here, console, lambda _: False)
+        except ValueError as error:
+            raise LaunchError(str(error)) from None
+
+
 def start(folder, tasks, kind: str, python_path: Path) -> int:
     """Run here or submit; says how to follow, resume and cancel."""
     if kind == "local":
         from spd_launch.local import run_here
 
-        print(f"launch {folder.launch_id}: {len(tasks)} run(s) here", flush=True)
+        print(f"launch {folder.launch_id}: {_count(tasks)} here", flush=True)
         code = run_here(folder, tasks, python_path)
         if code:
             print(f"not finished; continue with: python -m spd_launch.resume {folder.launch_id}")
@@ -110,12 +139,20 @@ def start(folder, tasks, kind: str, python_path: Path) -> int:
 
     jobs = submit(folder, tasks, python_path)
     ids = sorted({job.split("_")[0] for job in jobs.values()}, key=int)
-    print(f"launch  {folder.launch_id}: {len(jobs)} run(s), job {' '.join(ids)}")
+    print(f"launch  {folder.launch_id}: {_count(tasks)}, job {' '.join(ids)}")
     print(f"logs    {folder.logs}")
     for verb in ("status", "logs", "resume", "cancel"):
         follow = " -f" if verb == "logs" else ""
         print(f"{verb:8}python -m spd_launch.{verb} {folder.launch_id}{follow}")
     return 0
+
+
+def _count(tasks) -> str:
+    n_targets = sum(task.config.launch.goal == "target" for task in tasks)
+    parts = [f"{n_targets} target(s)"] if n_targets else []
+    if n_targets < len(tasks):
+        parts.append(f"{len(tasks) - n_targets} run(s)")
+    return " and ".join(parts)
 
 
 def _show_plan(plan) -> int:
@@ -126,13 +163,14 @@ def _show_plan(plan) -> int:
             else f"partition {array.cluster.partition or '(default)'}"
         )
         print(
-            f"cluster={array.cluster.name}, {place}: {len(array.tasks)} run(s), each "
+            f"cluster={array.cluster.name}, {place}: {_count(array.tasks)}, each "
             f"{array.nodes} node(s) x {array.tasks_per_node} process(es), "
             f"{array.cluster.time_min} min"
         )
         for task in array.tasks:
             typed = " ".join(f"{key}={value}" for key, value in task.overrides.items())
-            print(f"  {task.run_id}   {typed}")
+            after = "" if task.after is None else f"   after {task.after}"
+            print(f"  {task.run_id}   {typed}{after}")
     print("dry run: nothing written, nothing sent")
     return 0
 

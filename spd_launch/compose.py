@@ -129,6 +129,9 @@ def _compose_one(typed: list[str]) -> Composed:
     assert isinstance(values, dict)
     values = {str(key): value for key, value in values.items()}
     values["launch"]["out_dir"] = str(Path(values["launch"]["out_dir"]).expanduser().absolute())
+    target = values["target"]
+    if "from_run" in target and (Path(str(target["from_run"])) / "config.yaml").is_file():
+        target["from_run"] = str(Path(target["from_run"]).resolve())
     pairs = (override.lstrip("+").partition("=") for override in typed)
     return Composed({key: value for key, _, value in pairs}, values)
 

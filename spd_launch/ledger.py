@@ -22,10 +22,13 @@ import yaml
 
 from spd_core.config import RunConfig, config_digest, config_to_yaml, load_config
 from spd_core.run_dir import RunDir, Status, read_status, write_atomic, write_status
+from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, make_plan, shape
 from spd_launch.snapshot import drop_snapshot
+
+ERROR = "error.txt"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,9 @@ def new_launch(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> tuple[Launch
     Raises:
         LaunchError: the plan is impossible, or out_dir cannot be written.
     """
-    out_dir = runs[0][1].launch.out_dir
+    out_dir, stored = runs[0][1].launch.out_dir, stored_targets(runs)
     for _ in range(100):
-        plan = make_plan(runs, time.strftime("%Y%m%d-%H%M%S"), secrets.token_hex(2))
+        plan = make_plan(runs, time.strftime("%Y%m%d-%H%M%S"), secrets.token_hex(2), stored)
         launch = LaunchDir(out_dir / "launches" / plan.launch_id)
         try:
             _claim(launch, plan)
@@ -87,6 +90,13 @@ def new_launch(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> tuple[Launch
             ) from None
         return plan, launch
     raise RuntimeError(f"no free launch name in {out_dir} after 100 tries")
+
+
+def stored_targets(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> set[str]:
+    """The names of those targets of the runs that are trained already."""
+    store = runs[0][1].launch.out_dir / "targets"
+    names = {target_name(config) for _, config in runs}
+    return {name for name in names if (store / name).is_dir()}
 
 
 def _claim(launch: LaunchDir, plan: LaunchPlan) -> None:
@@ -144,6 +154,7 @@ def _row(task: Task) -> dict[str, Any]:
         "index": task.index,
         "run_id": task.run_id,
         "overrides": task.overrides,
+        "after": task.after,
         "digest": config_digest(task.config),
     }
 
@@ -155,6 +166,8 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
             "cluster": array.cluster.name,
             "nodes": array.nodes,
             "tasks_per_node": array.tasks_per_node,
+            "goal": array.tasks[0].config.launch.goal,
+            "after": array.tasks[0].after,
             "runs": [task.run_id for task in array.tasks],
         }
         for array in plan.arrays
@@ -168,9 +181,29 @@ def mark(run_dir: RunDir, state: str) -> None:
     write_status(run_dir, Status.model_validate({**old.model_dump(), "state": state}))
 
 
+def mark_failed(run_dir: RunDir, error: BaseException) -> None:
+    """Set a run's state to failed, and keep what went wrong for `status`."""
+    write_atomic(run_dir.path / ERROR, f"{type(error).__name__}: {error}\n")
+    mark(run_dir, "failed")
+
+
+def read_error(run_dir: RunDir) -> str:
+    """What a failed run failed of, in one line; empty where it had no time to say."""
+    file = run_dir.path / ERROR
+    return " ".join(file.read_text().split()) if file.exists() else ""
+
+
+def n_steps(config: RunConfig) -> int:
+    """The steps of what this run trains: a decomposition or a target."""
+    if config.launch.goal == "decomposition":
+        return config.train.steps
+    assert config.target.kind != "custom"
+    return config.target.steps
+
+
 def _pending(config: RunConfig) -> Status:
     return Status(
-        state="pending", step=0, steps=config.train.steps, heartbeat=time.time(),
+        state="pending", step=0, steps=n_steps(config), heartbeat=time.time(),
         attempt=0, job_id=None, host="",
     )  # fmt: skip
 
@@ -217,7 +250,8 @@ def read_tasks(launch: LaunchDir) -> list[Task]:
         except ValueError as error:
             raise LaunchError(f"{file} cannot be read: {error}") from None
         size = shape(config.cluster, config.dp)
-        tasks.append(Task(row["index"], row["run_id"], row["overrides"], config, *size))
+        task = Task(row["index"], row["run_id"], row["overrides"], config, *size, row["after"])
+        tasks.append(task)
     return tasks
 
 

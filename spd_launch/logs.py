@@ -21,20 +21,28 @@ def main() -> int:
     if ledger.read_info(launch)["kind"] == "local":
         raise LaunchError(f"{launch.launch_id} ran in a terminal, which kept its output")
     tasks = ledger.read_tasks(launch)
-    if given.task is None and len(tasks) > 1 and not given.follow:
+    n_runs = sum(task.config.launch.goal == "decomposition" for task in tasks)
+    if given.task is None and (n_runs or len(tasks)) > 1 and not given.follow:
         for task in tasks:
             print(f"{task.index:4}  {task.run_id}  {log_file(launch, task, given.rank)}")
         return 0
     task = ledger.find_task(tasks, given.task or "0")
-    file = log_file(launch, task, given.rank)
+    if task.after is not None and not log_file(launch, task, given.rank).exists():
+        print("it has not started: first comes its target")
+        _show(launch, ledger.find_task(tasks, task.after), given.rank, given.follow)
+    _show(launch, task, given.rank, given.follow)
+    return 0
+
+
+def _show(launch: LaunchDir, task: Task, rank: int, follow: bool) -> None:
+    file = log_file(launch, task, rank)
     print(f"==> {file} <==", flush=True)
-    if given.follow:
+    if follow:
         _follow(file, launch, task)
     elif file.exists():
         sys.stdout.write(file.read_text(errors="replace"))
     else:
         print("not there yet: the job has not started")
-    return 0
 
 
 def log_file(launch: LaunchDir, task: Task, rank: int) -> Path:

@@ -29,7 +29,10 @@ class Observed:
 
 
 def observe(launch: LaunchDir, tasks: Sequence[Task]) -> list[Observed]:
-    """At most one squeue and one sacct call for the whole launch."""
+    """At most one squeue and one sacct call for the whole launch.
+
+    "no target": the job that was to train its target ended without one, so Slurm cancelled it.
+    """
     jobs = ledger.latest_jobs(launch)
     on_slurm = ledger.read_info(launch)["kind"] == "slurm"
     live = slurm_state.live_jobs(launch.launch_id) if on_slurm else {}
@@ -56,6 +59,11 @@ def observe(launch: LaunchDir, tasks: Sequence[Task]) -> list[Observed]:
         else:
             state = ended.get(job_id, "").lower() or "ended"
             state = status.state if status.state == "stopped" else f"{state}, not finished"
+            if status.state == "pending" and task.after is not None:
+                target = read_status(launch.run_dir(task.after))
+                assert target is not None, f"no status of {task.after}"
+                if target.state != "finished" and jobs.get(task.after) not in live:
+                    state = "no target"
             rows.append(Observed(task, state, False, job_id, status.host, status))
     return rows
 

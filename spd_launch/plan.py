@@ -1,15 +1,19 @@
 """What a launch will do, decided before anything is done: PURE, no I/O.
 
-One LaunchPlan holds every run of a multirun. Runs that ask for the same resources share one
-job array. Names never depend on a place in an array, so a resumed run keeps its own.
+One LaunchPlan holds every run of a multirun, and on Slurm every target that is not in the store
+yet: a task of its own, which its decompositions come after. Tasks that ask for the same resources
+and come after the same target share one job array. Names never depend on a place in an array, so
+a resumed run keeps its own.
 """
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from spd_core.config import ClusterConfig, RunConfig, config_digest
+from spd_core.targets.config import TransformerTargetConfig
+from spd_core.targets.store import target_name
 from spd_launch.errors import LaunchError
 
 MAX_NAME = 100
@@ -17,7 +21,11 @@ MAX_NAME = 100
 
 @dataclass(frozen=True)
 class Task:
-    """One run: a whole job or one element of an array, with `nodes` x `tasks_per_node` ranks."""
+    """One run: a whole job or one element of an array, with `nodes` x `tasks_per_node` ranks.
+
+    `config.launch.goal` says whether it is a decomposition or the training of a target; `after` is
+    the run id of the task that puts its target into the store first.
+    """
 
     index: int
     run_id: str
@@ -25,11 +33,12 @@ class Task:
     config: RunConfig
     nodes: int
     tasks_per_node: int
+    after: str | None
 
 
 @dataclass(frozen=True)
 class Array:
-    """Tasks with one resource request."""
+    """Tasks of one goal with one resource request, all after the same target."""
 
     cluster: ClusterConfig
     nodes: int
@@ -52,19 +61,33 @@ class LaunchPlan:
 
 
 def make_plan(
-    runs: Sequence[tuple[dict[str, str], RunConfig]], stamp: str, suffix: str
+    runs: Sequence[tuple[dict[str, str], RunConfig]],
+    stamp: str,
+    suffix: str,
+    stored: Collection[str],
 ) -> LaunchPlan:
     """Plan runs (what the user typed, the config); `stamp` and `suffix` make the names unique.
 
+    `stored` are the names of targets that need no training. Here, as opposed to on Slurm, a
+    decomposition trains a missing target itself. Decompositions have the first indices.
+
     Raises:
-        LaunchError: a dp that does not fit its profile, equal runs, or local and Slurm mixed.
+        LaunchError: a dp that does not fit its profile, equal runs, local and Slurm mixed, or a
+            target that cannot be trained as it is asked for.
     """
-    ids = run_ids(runs, suffix)
-    tasks = [
-        Task(index, run_id, overrides, config, *shape(config.cluster, config.dp))
-        for index, (run_id, (overrides, config)) in enumerate(zip(ids, runs, strict=True))
+    targets = missing_targets(runs, stored)
+    ids = {name: f"target-{run.target.kind}-{name}-{suffix}" for name, run in targets.items()}
+    wanted = [run for run in runs if run[1].launch.goal == "decomposition"]
+    named = [
+        (run_id, overrides, config, ids.get(target_name(config)))
+        for run_id, (overrides, config) in zip(run_ids(wanted, suffix), wanted, strict=True)
     ]
-    kinds = {task.config.cluster.kind for task in tasks}
+    named += [(ids[name], {}, config, None) for name, config in targets.items()]
+    tasks = [
+        Task(index, run_id, overrides, config, *shape(config.cluster, config.dp), after)
+        for index, (run_id, overrides, config, after) in enumerate(named)
+    ]
+    kinds = {config.cluster.kind for _, config in runs}
     if len(kinds) > 1:
         raise LaunchError("one launch runs either here or on Slurm: cluster=local must stand alone")
     first = runs[0][1]
@@ -72,11 +95,42 @@ def make_plan(
     return LaunchPlan(f"{stamp}-{name}-{suffix}", group(tasks))
 
 
+def missing_targets(
+    runs: Sequence[tuple[dict[str, str], RunConfig]], stored: Collection[str]
+) -> dict[str, RunConfig]:
+    """Name -> how the launch trains it first, with the resources of the first run that needs it."""
+    targets: dict[str, RunConfig] = {}
+    for _, config in runs:
+        goal, name = config.launch.goal, target_name(config)
+        if goal == "target" and config.target.kind == "custom":
+            raise LaunchError("launch.goal=target: a custom target is loaded, never trained")
+        first = goal == "target" or config.cluster.kind == "slurm"
+        trained = config.target.kind != "custom" and config.target.from_run is None
+        if first and trained and name not in stored:
+            targets.setdefault(name, _target_run(config))
+    return targets
+
+
+def _target_run(config: RunConfig) -> RunConfig:
+    """Language models are trained by as many processes as decompose them, toys by one."""
+    launch = config.launch.model_copy(update={"goal": "target"})
+    if not isinstance(config.target, TransformerTargetConfig):
+        one = config.cluster.model_copy(update={"nodes": None})
+        return config.model_copy(update={"launch": launch, "dp": 1, "cluster": one})
+    if config.target.batch_size < config.dp:
+        raise LaunchError(
+            f"target.batch_size={config.target.batch_size} leaves some of dp={config.dp} "
+            "processes empty, which train the target together"
+        )
+    return config.model_copy(update={"launch": launch})
+
+
 def group(tasks: Sequence[Task]) -> tuple[Array, ...]:
-    """One array for each resource request; all tasks of a Slurm array share theirs."""
-    groups: dict[tuple[str, int, int], list[Task]] = {}
-    for task in tasks:
-        key = (config_digest(task.config.cluster), task.nodes, task.tasks_per_node)
+    """Arrays, those of targets first; all tasks of a Slurm array share request and dependency."""
+    groups: dict[tuple[str, str, int, int, str | None], list[Task]] = {}
+    for task in sorted(tasks, key=lambda t: t.config.launch.goal == "decomposition"):
+        goal, digest = task.config.launch.goal, config_digest(task.config.cluster)
+        key = (goal, digest, task.nodes, task.tasks_per_node, task.after)
         groups.setdefault(key, []).append(task)
     return tuple(
         Array(g[0].config.cluster, g[0].nodes, g[0].tasks_per_node, tuple(g))

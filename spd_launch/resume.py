@@ -1,6 +1,7 @@
 """python -m spd_launch.resume LAUNCH [TASK]: continue the runs that are neither finished nor live.
 
 They keep their ids, configs and the code of the launch, and go on from their newest checkpoints.
+With a run goes the training of its target, where that has not finished.
 """
 
 from pathlib import Path
@@ -19,7 +20,8 @@ def main() -> int:
     info = ledger.read_info(launch)
     tasks = ledger.read_tasks(launch)
     if given.task is not None:
-        tasks = [ledger.find_task(tasks, given.task)]
+        one = ledger.find_task(tasks, given.task)
+        tasks = [task for task in tasks if task.run_id in (one.run_id, one.after)]
     rows = observe(launch, tasks)
     todo = [row.task for row in rows if not row.live and row.state != "finished"]
     if not todo:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spd_core.run_dir import read_status
+from spd_core.targets.store import read_record
 from spd_launch import ledger
 from spd_launch.errors import exit_with
 from spd_launch.ledger import LaunchDir
@@ -27,6 +28,7 @@ def main() -> int:
     while True:
         rows = observe(launch, tasks)
         _print_runs(launch, rows)
+        _print_failures(launch, rows)
         if not given.watch or not any(row.live for row in rows):
             return 0
         time.sleep(5)
@@ -52,18 +54,38 @@ def _print_runs(launch: LaunchDir, rows: list[Observed]) -> None:
 
     title = f"{launch.launch_id}  ({ledger.read_info(launch)['kind']})"
     table = Table(title=title, title_justify="left")
-    for name in ("#", "run", "state", "step", "seen", "attempt", "job", "where"):
+    for name in ("#", "run", "state", "step", "seen", "attempt", "target", "job", "where"):
         table.add_column(name, no_wrap=name != "where")
-    colours = {"finished": "green", "failed": "red", "running": "cyan"}
+    colours = {"finished": "green", "failed": "red", "no target": "red", "running": "cyan"}
     for row in rows:
         status = row.status
         seen = f"{_ago(status.heartbeat)} ago" if status.attempt else "-"
         colour = colours.get(row.state, "yellow")
+        record = read_record(row.task.config, launch.run_dir(row.task.run_id).targets)
+        seed = "" if record is None else f"seed {record.seed}"
         table.add_row(
             str(row.task.index), row.task.run_id, f"[{colour}]{row.state}[/]",
-            f"{status.step}/{status.steps}", seen, str(status.attempt), row.job_id, row.where,
+            f"{status.step}/{status.steps}", seen, str(status.attempt), seed,
+            row.job_id, row.where,
         )  # fmt: skip
     _console().print(table)
+
+
+def _print_failures(launch: LaunchDir, rows: list[Observed]) -> None:
+    """In words: what failed of what, and what did not start because of it."""
+    on_slurm = ledger.read_info(launch)["kind"] == "slurm"
+    for row in rows:
+        run_id = row.task.run_id
+        hit = [r.task.run_id for r in rows if r.state == "no target" and r.task.after == run_id]
+        if row.state == "failed" or hit:
+            error = ledger.read_error(launch.run_dir(run_id)) if row.state == "failed" else ""
+            print(f"{run_id}: {row.state}{f': {error}' if error else ''}")
+            if hit:
+                print(f"  so {len(hit)} run(s) did not start: {', '.join(hit)}")
+            if on_slurm:
+                print(f"  its log: python -m spd_launch.logs {launch.launch_id} {row.task.index}")
+    if any(row.state == "no target" for row in rows):
+        print(f"again, target and runs: python -m spd_launch.resume {launch.launch_id}")
 
 
 def _console() -> "Console":

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
@@ -18,7 +19,7 @@ from spd_core.config import ClusterConfig
 from spd_launch import slurm_state, task
 from spd_launch.compose import template_folders
 from spd_launch.errors import LaunchError, nearest
-from spd_launch.ledger import LaunchDir, note_jobs
+from spd_launch.ledger import LaunchDir, latest_jobs, note_jobs
 from spd_launch.plan import Array, Task, group
 
 # A rank that dies ends its peers, which would wait for it in a collective for ever.
@@ -26,7 +27,10 @@ SRUN = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append", "--export=ALL
 
 
 def submit(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> dict[str, str]:
-    """Send the tasks; returns run id -> job id.
+    """Send the tasks, targets first; returns run id -> job id.
+
+    A decomposition starts when the job that trains its target has succeeded, and is cancelled by
+    Slurm when that job has failed.
 
     Raises:
         LaunchError: Slurm refused; its own words, with nothing left in the queue.
@@ -34,12 +38,18 @@ def submit(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> dict[
     for array in group(tasks):
         _copy_setup(launch, array.cluster)
     before = set(slurm_state.live_jobs(launch.launch_id))
+    # When a launch is resumed, its targets may be done, or still in training.
+    live = {run_id: job for run_id, job in latest_jobs(launch).items() if job in before}
     jobs: dict[str, str] = {}
     try:
         chunks = split(group(tasks), slurm_state.array_limit() if len(tasks) > 1 else 1)
+        goals = Counter(chunk.tasks[0].config.launch.goal for chunk in chunks)
         with _outside_of_jobs():
             for chunk in chunks:
-                sent = _send(launch, chunk, python_path, len(chunks))
+                first = chunk.tasks[0]
+                after = (live | jobs).get(first.after) if first.after else None
+                at_once = goals[first.config.launch.goal]
+                sent = _send(launch, chunk, python_path, at_once, after)
                 note_jobs(launch, "submit", sent)
                 jobs |= sent
     except BaseException:
@@ -57,13 +67,15 @@ def split(arrays: Sequence[Array], limit: int) -> list[Array]:
     ]
 
 
-def _send(launch: LaunchDir, array: Array, python_path: Path, n_arrays: int) -> dict[str, str]:
+def _send(
+    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, after: str | None
+) -> dict[str, str]:
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
         executor = SlurmExecutor(launch.logs)
-        executor.update_parameters(**job_parameters(launch, array, python_path, n_arrays))
+        executor.update_parameters(**job_parameters(launch, array, python_path, n_arrays, after))
         with redirect_stderr(io.StringIO()):  # submitit prints what it also raises
             sent = executor.map_array(
                 task.run, [str(launch.run_dir(t.run_id).path) for t in array.tasks]
@@ -74,16 +86,20 @@ def _send(launch: LaunchDir, array: Array, python_path: Path, n_arrays: int) -> 
 
 
 def job_parameters(
-    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int
+    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, after: str | None
 ) -> dict[str, Any]:
-    """What submitit puts into the script.
+    """What submitit puts into the script; `after` is the job that must succeed first.
 
-    Arrays of one launch share `max_parallel` in equal parts, at least one task each.
+    The `n_arrays` arrays of one launch that may run at one time share `max_parallel` in equal
+    parts, at least one task each.
     """
     cluster, per_node = array.cluster, array.tasks_per_node
     n = len(array.tasks)
     parallel = array.tasks[0].config.launch.max_parallel
     further = {k.replace("_", "-"): v for k, v in cluster.sbatch.items() if v is not False}
+    if after is not None:
+        both = filter(None, [f"afterok:{after}", further.get("dependency")])
+        further |= {"dependency": ",".join(map(str, both)), "kill-on-invalid-dep": "yes"}
     asks_for_gpus = any(key.startswith(("gres", "gpus")) for key in further)
     return {
         "job_name": launch.launch_id,

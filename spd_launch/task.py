@@ -8,6 +8,7 @@ TERM (preemption, or scancel)      save together, then WAIT to be killed: who ex
                                    period counts as completed and is never requeued by Slurm, and
                                    a cancelled job must not requeue itself.
 Locally, INT and TERM save and exit with 130.
+A toy target cannot be saved on its way: it goes on, and starts anew where it is killed.
 """
 
 import fcntl
@@ -21,19 +22,23 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn, TextIO
+from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 
 from spd_core.config import ClusterConfig, RunConfig, load_config
-from spd_core.run_dir import RunDir, read_status
+from spd_core.run_dir import RunDir, Status, read_status, write_status
 from spd_launch.errors import LaunchError, exit_with
-from spd_launch.ledger import mark
+from spd_launch.ledger import mark, mark_failed, n_steps
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
 from spd_launch.upload import uploading
+
+if TYPE_CHECKING:
+    from spd_core.distributed import Dist
 
 STOPPED = 130  # exit code of a local run that was asked to stop
 # Else glibc gives the memory of every large tensor back to the kernel, which fills each page of the
 # next one with zeros: half the time of a toy model's step.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+HEARTBEAT_S = 10.0
 
 
 def rank_environment(cluster: ClusterConfig, python_path: Path) -> dict[str, str]:
@@ -99,7 +104,7 @@ class Stop:
 
 
 def run(path: str) -> None:
-    """Train the run in this folder, from its newest checkpoint if it has one.
+    """Train what the run in this folder asks for, from its newest checkpoint if it has one.
 
     An exception marks the run failed and leaves the process with a non-zero code.
     """
@@ -114,7 +119,8 @@ def run(path: str) -> None:
     status = read_status(run_dir)
     if status is not None and status.state == "finished":
         print(f"{run_dir.path.name} is finished already")
-        if place.rank == 0 and not run_dir.report_file.exists():  # killed before it was written
+        reported = config.launch.goal == "target" or run_dir.report_file.exists()
+        if place.rank == 0 and not reported:  # killed before it was written
             _report(run_dir)
         return
     try:
@@ -124,7 +130,7 @@ def run(path: str) -> None:
 
         # Who was stopped by another rank leaves the word to that one and to rank 0, who knows more.
         if place.rank == 0 or not isinstance(error, PeerFailed):
-            mark(run_dir, "failed")
+            mark_failed(run_dir, error)
         raise
     if outcome == "stopped":
         _leave(config, place, stop)
@@ -164,7 +170,6 @@ def _end_with_launcher(cluster: ClusterConfig) -> None:
 
 def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
     from spd_core import distributed
-    from spd_core.train import train
     from spd_launch.peers import watching
 
     meeting = _meet(run_dir, place)
@@ -172,14 +177,62 @@ def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
         place.rank, place.world_size, place.local_rank,
         meeting.address, meeting.port, _device(config, place),
     )  # fmt: skip
+    goals = {"decomposition": _decompose, "target": _train_target}
     with watching(dist, meeting.address, lambda: mark(run_dir, "failed")):
-        with uploading(config, run_dir) if dist.is_main else nullcontext():
-            outcome = train(config, run_dir, dist, stop, meeting.attempt, place.job_id)
-        if outcome == "finished" and dist.is_main:
-            _report(run_dir)
+        outcome = goals[config.launch.goal](
+            config, run_dir, dist, stop, meeting.attempt, place.job_id
+        )
         distributed.barrier(dist)  # srun --wait ends a job a minute after its first rank left
     if outcome == "finished":
         distributed.shutdown()
+    return outcome
+
+
+def _decompose(
+    config: RunConfig, run_dir: RunDir, dist: "Dist", stop: Stop, attempt: int, job_id: str
+) -> Literal["finished", "stopped"]:
+    from spd_core.train import train
+
+    with uploading(config, run_dir) if dist.is_main else nullcontext():
+        outcome = train(config, run_dir, dist, stop, attempt, job_id)
+    if outcome == "finished" and dist.is_main:
+        _report(run_dir)
+    return outcome
+
+
+def _train_target(
+    config: RunConfig, run_dir: RunDir, dist: "Dist", stop: Stop, attempt: int, job_id: str
+) -> Literal["finished", "stopped"]:
+    from rich.console import Console
+
+    from spd_core.targets.train_target import target_folder, train_target
+
+    step, written = 0, 0.0
+
+    def write(state: Literal["running", "finished", "stopped"]) -> None:
+        nonlocal written
+        written = time.monotonic()
+        if dist.is_main:
+            now, host, steps = time.time(), socket.gethostname(), n_steps(config)
+            write_status(run_dir, Status(
+                state=state, step=step, steps=steps, heartbeat=now, attempt=attempt,
+                job_id=job_id, host=host,
+            ))  # fmt: skip
+
+    def after_step(done: int) -> bool:
+        nonlocal step
+        step = done
+        if time.monotonic() - written > HEARTBEAT_S:
+            write("running")
+        return stop()
+
+    write("running")
+    console = Console(quiet=not dist.is_main)
+    outcome = train_target(config, run_dir.targets, dist, console, after_step)
+    if outcome == "finished":
+        step = n_steps(config)
+        console.print(f"the target is in {target_folder(config, run_dir.targets)}", soft_wrap=True)
+    write(outcome)
     return outcome
 
 

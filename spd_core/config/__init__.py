@@ -131,6 +131,9 @@ class ClusterConfig(BaseConfig):
 class LaunchConfig(BaseConfig):
     out_dir: Path
     name: str | None = Field(description="name of the launch; null = the experiment's")
+    goal: Literal["decomposition", "target"] = Field(
+        description="target = only put the target into the store, where runs find it"
+    )
     dry_run: bool
     max_parallel: Count | None = Field(description="array tasks at one time; null = no limit")
     snapshot: Literal["copy", "off"]

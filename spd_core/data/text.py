@@ -7,14 +7,10 @@ the global batch) alone: an epoch is a permutation of all sequences.
 
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
-from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +22,14 @@ from rich.console import Console
 from torch import Tensor
 
 from spd_core.config import config_digest
-from spd_core.data.stories import stories
+from spd_core.data.documents import (
+    END_OF_TEXT,
+    WITHOUT_HUB,
+    check_size,
+    documents,
+    file_sizes,
+    is_eval_document,
+)
 from spd_core.randomness import StepRandomness, stream
 from spd_core.run_dir import written_whole
 from spd_core.targets.config import TextDataConfig
@@ -34,7 +37,6 @@ from spd_core.targets.config import TextDataConfig
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
 ENCODED_TOGETHER = 1000  # documents
 Split = Literal["train", "eval"]
 
@@ -64,7 +66,7 @@ def load_or_tokenise(config: TextDataConfig, store: Path, console: Console) -> T
         if not folder.exists():
             _tokenise_into(config, folder, console)
     meta = json.loads((folder / "meta.json").read_text())
-    if _file_sizes(config) not in ({}, meta["files"]):  # {}: they may be gone, on another machine
+    if file_sizes(config) not in ({}, meta["files"]):  # {}: they may be gone, on another machine
         raise ValueError(
             f"the files of data.path={config.path} changed since they were tokenised into "
             f"{folder}, which runs and targets may depend on: give the new corpus another path"
@@ -102,11 +104,6 @@ def _epoch_order(seed: int, split: Split, epoch: int, n: int) -> Int[np.ndarray,
     return torch.randperm(n, generator=generator).numpy()
 
 
-def is_eval_document(config: TextDataConfig, index: int) -> bool:
-    digest = hashlib.sha256(f"{config.seed}:eval:{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < config.eval_fraction * 2**64
-
-
 # ---------------------------------------------------------------- tokens
 
 
@@ -122,7 +119,7 @@ def _tokenise_into(config: TextDataConfig, folder: Path, console: Console) -> No
 
 
 def _write_tokens(config: TextDataConfig, folder: Path) -> dict[str, Any]:
-    files = _file_sizes(config)
+    files = file_sizes(config)
     tokenizer, end_of_text = _given_tokenizer(config) or _train_tokenizer(config)
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size = max(tokenizer.get_vocab().values()) + 1
@@ -138,14 +135,7 @@ def _write_tokens(config: TextDataConfig, folder: Path) -> dict[str, Any]:
                 counts[split]["documents"] += 1
                 counts[split]["tokens"] += len(tokens)
     for split, count in counts.items():
-        if count["tokens"] < config.seq_len:
-            raise ValueError(
-                f"the {split} part of the corpus has {count['tokens']} tokens in "
-                f"{count['documents']} documents, less than one sequence of "
-                f"data.seq_len={config.seq_len}: give it more documents (a .txt file is one, or "
-                f"several with {END_OF_TEXT} between them), change data.eval_fraction="
-                f"{config.eval_fraction}, or lower data.seq_len"
-            )
+        check_size(config, split, count["documents"], count["tokens"])
     made = {"config": config.model_dump(mode="json"), "files": files, "dtype": dtype.name}
     return made | {"vocab_size": vocab_size, "end_of_text": end_of_text} | counts
 
@@ -159,9 +149,8 @@ def _given_tokenizer(config: TextDataConfig) -> "tuple[Tokenizer, int] | None":
         given = AutoTokenizer.from_pretrained(config.tokenizer)
     except OSError as error:
         raise ValueError(
-            f"data.tokenizer={config.tokenizer} cannot be loaded. data.tokenizer=null trains one "
-            "on the corpus, a folder needs no network, and one that was downloaded before is "
-            f"found with HF_HUB_OFFLINE=1 and the HF_HOME of that time. {error}"
+            f"data.tokenizer={config.tokenizer} cannot be loaded: {' '.join(str(error).split())}; "
+            f"{WITHOUT_HUB['data.tokenizer']}"
         ) from None
     tokenizer = getattr(given, "backend_tokenizer", None)
     if tokenizer is None or given.eos_token_id is None:
@@ -188,112 +177,3 @@ def _train_tokenizer(config: TextDataConfig) -> "tuple[Tokenizer, int]":
     texts = (t for i, t in enumerate(documents(config)) if not is_eval_document(config, i))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer, tokenizer.get_vocab()[END_OF_TEXT]
-
-
-# ---------------------------------------------------------------- documents
-
-
-def documents(config: TextDataConfig) -> Iterator[str]:
-    """The corpus, always in the same order, without blank documents."""
-    match config.source:
-        case "stories":
-            texts = stories(config.n_documents or 0, config.seed)
-        case "files":
-            texts = _file_documents(config)
-        case "hub":
-            texts = _hub_documents(config)
-    return islice((text for text in texts if text.strip()), config.n_documents)
-
-
-def _file_sizes(config: TextDataConfig) -> dict[str, int]:
-    pattern = os.path.expanduser(config.path or "") if config.source == "files" else ""
-    files = (path for path in sorted(glob(pattern, recursive=True)) if os.path.isfile(path))
-    return {path: os.path.getsize(path) for path in files}
-
-
-def _file_documents(config: TextDataConfig) -> Iterator[str]:
-    files = [Path(name) for name in _file_sizes(config)]
-    if not files:
-        raise ValueError(f"data.path={config.path} matches no file, seen from {Path.cwd()}")
-    for path in files:
-        reader = {".txt": _plain, ".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix)
-        if reader is None:
-            raise ValueError(f"data.path={config.path}: {path} is no .txt, .jsonl or .parquet file")
-        empty = True
-        for text in reader(path, config.column):
-            empty = empty and not text.strip()
-            yield text
-        if empty:
-            raise ValueError(f"data.path={config.path}: {path} is empty, take it out")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    position = 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                place = f"byte {line[error.start]:#04x} at offset {position + error.start}"
-                raise ValueError(f"{path} is not UTF-8: {place}; convert it with iconv") from None
-            yield text.removeprefix("\ufeff") if position == 0 else text
-            position += len(line)
-
-
-def _plain(path: Path, _: str | None) -> Iterator[str]:
-    """A file is one document, or several with the end-of-text mark between them."""
-    document: list[str] = []
-    for line in _lines(path):
-        *ends, rest = line.split(END_OF_TEXT)
-        for end in ends:
-            yield "".join([*document, end]).strip()
-            document = []
-        document.append(rest)
-    yield "".join(document).strip()
-
-
-def _jsonl(path: Path, column: str | None) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from None
-        if row is not None:
-            yield _field(row, column, f"{path}:{number}")
-
-
-def _parquet(path: Path, column: str | None) -> Iterator[str]:
-    from pyarrow import ArrowInvalid, parquet  # takes half a second to import
-
-    try:
-        file = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from None
-    _field(dict.fromkeys(file.schema_arrow.names, ""), column, str(path))
-    for batch in file.iter_batches(columns=[column]):
-        yield from (_field(row, column, str(path)) for row in batch.to_pylist())
-
-
-def _hub_documents(config: TextDataConfig) -> Iterator[str]:
-    import datasets  # takes seconds to import
-
-    options: dict[str, Any] = {"split": config.split, "streaming": config.n_documents is not None}
-    try:
-        rows = datasets.load_dataset(str(config.path), **options)
-    except (ConnectionError, FileNotFoundError) as error:
-        raise ValueError(
-            f"data.path={config.path} cannot be loaded. data.source=stories or files runs offline; "
-            "what was downloaded before is found with HF_HUB_OFFLINE=1, the HF_HOME of that time "
-            f"and data.n_documents=null. {error}"
-        ) from None
-    yield from (_field(row, config.column, str(config.path)) for row in rows)
-
-
-def _field(row: Any, column: str | None, where: str) -> str:
-    names = list(row) if isinstance(row, dict) else []
-    if column not in names:
-        has = f"it has {', '.join(names)}" if names else "it has none"
-        raise ValueError(f"{where} has no column {column} (data.column): {has}")
-    if not isinstance(row[column], str):
-        raise ValueError(f"{where}: {column} holds {type(row[column]).__name__}, not text")
-    return row[column]

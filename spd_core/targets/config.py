@@ -10,6 +10,10 @@ from spd_core.base_config import BaseConfig, Count, Fraction, ScheduleConfig, Se
 class TrainedTargetConfig(BaseConfig):
     """A target that this project trains itself, with AdamW, and keeps in the target store."""
 
+    from_run: str | None = Field(
+        description="take the target of this run, a folder, run id or W&B run, and train none; "
+        "fields that say how it was trained then mean nothing"
+    )
     batch_size: Count
     steps: Count
     lr: ScheduleConfig

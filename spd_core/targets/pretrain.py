@@ -2,14 +2,12 @@
 
     python -m spd_core.targets.pretrain RUN_FOLDER/config.yaml
 
-puts the run's target into the target store, where the run then finds it. Several processes are
-started with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in their environment. What
-was killed continues when it is started again.
+puts the run's target into the target store, where the run then finds it (`launch.goal=target` does
+so as a job). Several processes are started with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT in their environment. What was killed continues when it is started again.
 """
 
-import fcntl
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,12 +26,12 @@ from torch.nn import functional as F
 
 from spd_core import distributed
 from spd_core.config import config_digest, load_config
-from spd_core.data.text import Split, TokenData, load_or_tokenise, load_tokenizer, token_batch
+from spd_core.data.text import Split, TokenData, load_tokenizer, token_batch
 from spd_core.distributed import Dist
 from spd_core.randomness import StepRandomness, stream
 from spd_core.run_dir import RunDir, written_whole
 from spd_core.schedule import schedule_value
-from spd_core.targets.config import TextDataConfig, TransformerTargetConfig
+from spd_core.targets.config import TransformerTargetConfig
 from spd_core.targets.transformer import Transformer, build, sample
 
 CHECKPOINT = "pretrain.safetensors"
@@ -45,6 +43,10 @@ PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 Tokens = Int[Tensor, "batch seq"]
 
 
+class Stopped(Exception):
+    """Training was asked to stop, and did; what was done is saved."""
+
+
 def pretrain(
     config: TransformerTargetConfig,
     batches: Callable[[int], Tokens],
@@ -54,15 +56,18 @@ def pretrain(
     dist: Dist,
     folder: Path | None,
     console: Console,
+    after_step: Callable[[int], bool],
     decode: Callable[[list[int]], str] = str,
     report_every: int = 200,
 ) -> tuple[Transformer, float]:
     """A trained model and its validation loss in nats per token; every rank calls this.
 
     `batches(step)` and `eval_batches` are this rank's parts. With a folder, training continues
-    from the checkpoint there, and leaves one at every report.
+    from the checkpoint there, and leaves one at every report. `after_step` is asked with the steps
+    done; where one rank answers True, all save and stop.
 
     Raises:
+        Stopped: `after_step` said so.
         FloatingPointError: the loss is not finite at a report.
         ValueError: the folder has the checkpoint of another config.
     """
@@ -81,6 +86,12 @@ def pretrain(
             loss_sum = training_step(config, model, optimizer, batches(step), step, dist)
             done = step + 1
             progress.update(task, completed=done)
+            if distributed.any_rank(after_step(done), dist) and done < config.steps:
+                if dist.is_main and folder is not None:
+                    save_checkpoint(folder, done, config, model, optimizer)
+                distributed.barrier(dist)
+                console.print(f"the target stops at step {done}")
+                raise Stopped
             if done % report_every and done != config.steps:
                 continue
             n_tokens = n_predictions(config, seq_len)
@@ -112,6 +123,7 @@ def pretrain_on_text(
     dist: Dist,
     folder: Path | None,
     console: Console,
+    after_step: Callable[[int], bool],
 ) -> tuple[Transformer, float]:
     """`pretrain` on a tokenised corpus; says how a trigram model of the same corpus compares."""
     n, seq_len = config.batch_size, data.train.shape[1]
@@ -124,7 +136,7 @@ def pretrain_on_text(
     evals = [batch("eval", i) for i in range(n_eval)]
     decode = partial(load_tokenizer(data).decode, skip_special_tokens=False)
     given = (config, partial(batch, "train"), evals, data.vocab_size, seq_len, dist, folder)
-    model, loss = pretrain(*given, console, decode)
+    model, loss = pretrain(*given, console, after_step, decode)
     if dist.is_main:
         n_rows = TRIGRAM_TOKENS // seq_len
         trigram = trigram_loss(data.train[:n_rows], data.eval[:n_rows], data.vocab_size)
@@ -267,33 +279,19 @@ def _grams(
 
 
 def main(config_file: Path) -> None:
-    from spd_core.targets.train_target import keep, target_folder  # it imports this file
+    from spd_core.targets.train_target import target_folder, train_target  # it imports this file
 
     config, env = load_config(config_file), os.environ
-    target, store = config.target, RunDir(config_file.absolute().parent).targets
-    if not isinstance(target, TransformerTargetConfig):
-        sys.exit(f"target.kind={target.kind} is no language model that this project pretrains")
-    assert isinstance(config.data, TextDataConfig)
-    folder = target_folder(config, store)
+    if not isinstance(config.target, TransformerTargetConfig):
+        kind = config.target.kind
+        sys.exit(f"target.kind={kind} is no language model that this project pretrains")
+    store = RunDir(config_file.absolute().parent).targets
     rank, world, local = (int(env.get(n, d)) for n, d in PLACE.items())
     address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "0"))
     dist = distributed.init(rank, world, local, address, port, config.train.device)
     console = Console(quiet=not dist.is_main)
-    store.mkdir(parents=True, exist_ok=True)
-    with open(store / f"{folder.name}.lock", "w") as lock:
-        if dist.is_main:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is training {folder} already") from None
-        if not folder.exists():
-            data = load_or_tokenise(config.data, store.parent / "data", console)
-            work = store / f".{folder.name}.pretrain"
-            model, loss = pretrain_on_text(target, data, dist, work, console)
-            if dist.is_main:
-                keep(config, model, {"seed": target.seed, "loss": loss}, folder)
-                shutil.rmtree(work)
-        console.print(f"the target is in {folder}", soft_wrap=True)
+    train_target(config, store, dist, console, lambda _: False)
+    console.print(f"the target is in {target_folder(config, store)}", soft_wrap=True)
     distributed.shutdown()
 
 

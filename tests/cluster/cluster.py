@@ -1,12 +1,25 @@
 """What tests use of the running cluster. Not in conftest.py: that name is not unique to import."""
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from slurm_cluster import wait_for
 
-__all__ = ["Cluster", "wait_for"]
+from spd_core.run_dir import Status, read_status
+from spd_launch.ledger import LaunchDir
+from spd_launch.plan import Task
+
+SMALL = [
+    "+experiment=tms_5-2", "train.steps=20", "train.batch_size=64",
+    "eval.batch_size=64", "eval.steps=1", "eval.every=10", "eval.slow_every=20",
+    "track.log_every=10",
+    "target.steps=1000", "target.batch_size=512", "cluster=cpu", "cluster.time_min=5",
+]  # fmt: skip
+Command = Callable[..., subprocess.CompletedProcess[str]]
+Launch = Callable[..., tuple[LaunchDir, list[Task]]]
 
 
 @dataclass(frozen=True)
@@ -30,3 +43,22 @@ class Cluster:
         """The job's state, of its latest attempt; works without accounting."""
         shown = self.run("scontrol", "show", "job", "--oneliner", job)
         return shown.split("JobState=")[1].split()[0]
+
+
+def status(folder: LaunchDir, task: Task) -> Status:
+    found = read_status(folder.run_dir(task.run_id))
+    assert found is not None
+    return found
+
+
+def log(folder: LaunchDir, rank: int = 0) -> str:
+    return "".join(f.read_text() for f in sorted(folder.logs.glob(f"*_{rank}_log.out")))
+
+
+def wait_until(folder: LaunchDir, task: Task, state: str, seconds: float = 120) -> None:
+    try:
+        wait_for(
+            lambda: status(folder, task).state == state, seconds, f"{task.run_id} to be {state}"
+        )
+    except TimeoutError:
+        pytest.fail(f"{status(folder, task)}\n{log(folder)}")

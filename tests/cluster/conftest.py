@@ -7,6 +7,7 @@ SPD_SLURM_DIR       where the cluster keeps its state
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,14 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from cluster import Cluster
+from cluster import SMALL, Cluster, Command, Launch
+
+from spd_launch import ledger
+from spd_launch.ledger import LaunchDir
+from spd_launch.plan import Task
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 SESSION_LOCK = Path("/run/spd-slurm-session.lock")
 UP_S = 180
 
@@ -27,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
 
 
-def command(*args: str) -> None:
+def slurm_cluster_py(*args: str) -> None:
     script = [sys.executable, str(HERE / "slurm_cluster.py"), *args]
     done = subprocess.run(script, capture_output=True, text=True, timeout=UP_S)
     if done.returncode != 0:
@@ -46,8 +52,56 @@ def slurm() -> Iterator[Cluster]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         patch.setenv("SLURM_CONF", str(slurm_cluster.CONF))
         if not keep:
-            command("down")
-        command("up")
+            slurm_cluster_py("down")
+        slurm_cluster_py("up")
         yield Cluster(slurm_cluster.CONF, slurm_cluster.NODES)
         if not keep:
-            command("down")
+            slurm_cluster_py("down")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working tree as a repository of its own, in a path with a space."""
+    project = tmp_path_factory.mktemp("project") / "my spd"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (project / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, project / name)
+    subprocess.run(["git", "init", "-q"], cwd=project, check=True)
+    return project
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of results for all tests of a file."""
+    return tmp_path_factory.mktemp("results") / "out"
+
+
+@pytest.fixture(scope="module")
+def command(slurm: Cluster, project: Path, out: Path) -> Command:
+    ours = {"SPD_OUT_DIR": out, "PYTHONPATH": project, "SLURM_CONF": slurm.conf}
+    env = {**os.environ, **{name: str(path) for name, path in ours.items()}}
+
+    def run(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(
+            line, cwd=project, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def launch(command: Command, out: Path) -> Launch:
+    def run(*arguments: str) -> tuple[LaunchDir, list[Task]]:
+        command("spd_launch", *SMALL, *arguments)
+        folder = ledger.find_launch("latest", out)
+        return folder, ledger.read_tasks(folder)
+
+    return run

@@ -2,98 +2,25 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, wait_for
+from cluster import SMALL, Cluster, Command, Launch, log, status, wait_for, wait_until
 
 from spd_analysis.summary import final_metrics
-from spd_core.run_dir import Status, read_status
 from spd_launch import ledger
 from spd_launch.ledger import LaunchDir
 from spd_launch.plan import Task
 
-ROOT = Path(__file__).parent.parent.parent
-SMALL = [
-    "+experiment=tms_5-2", "train.steps=20", "train.batch_size=64",
-    "eval.batch_size=64", "eval.steps=1", "eval.every=10", "eval.slow_every=20",
-    "track.log_every=10",
-    "target.steps=1000", "target.batch_size=512", "cluster=cpu", "cluster.time_min=5",
-]  # fmt: skip
 LONG = ["train.steps=4000", "eval.every=2000", "eval.slow_every=4000", "checkpoint.every_steps=200"]
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working tree as a repository of its own, in a path with a space."""
-    project = tmp_path_factory.mktemp("project") / "my spd"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (project / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, project / name)
-    subprocess.run(["git", "init", "-q"], cwd=project, check=True)
-    return project
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder of results, so that the target is trained once."""
-    return tmp_path_factory.mktemp("results") / "out"
-
-
-@pytest.fixture
-def command(slurm: Cluster, project: Path, out: Path) -> Command:
-    ours = {"SPD_OUT_DIR": out, "PYTHONPATH": project, "SLURM_CONF": slurm.conf}
-    env = {**os.environ, **{name: str(path) for name, path in ours.items()}}
-
-    def run(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", module, *arguments]
-        done = subprocess.run(
-            line, cwd=project, env=env, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    return run
-
-
-@pytest.fixture
-def launch(command: Command, out: Path) -> Callable[..., tuple[LaunchDir, list[Task]]]:
-    def run(*arguments: str) -> tuple[LaunchDir, list[Task]]:
-        command("spd_launch", *SMALL, *arguments)
-        folder = ledger.find_launch("latest", out)
-        return folder, ledger.read_tasks(folder)
-
-    return run
-
-
-def status(folder: LaunchDir, task: Task) -> Status:
-    found = read_status(folder.run_dir(task.run_id))
-    assert found is not None
-    return found
-
-
-def log(folder: LaunchDir, rank: int = 0) -> str:
-    return "".join(f.read_text() for f in sorted(folder.logs.glob(f"*_{rank}_log.out")))
-
-
-def wait_until(folder: LaunchDir, task: Task, state: str, seconds: float = 120) -> None:
-    try:
-        wait_for(
-            lambda: status(folder, task).state == state, seconds, f"{task.run_id} to be {state}"
-        )
-    except TimeoutError:
-        pytest.fail(f"{status(folder, task)}\n{log(folder)}")
+@pytest.fixture(scope="module", autouse=True)
+def _target(command: Command) -> None:
+    """All tests of this file decompose one target; targets as jobs have their own file."""
+    command("spd_launch", *SMALL, "cluster=local", "launch.goal=target")
 
 
 def wait_for_steps(folder: LaunchDir, task: Task) -> None:
@@ -126,9 +53,7 @@ def test_one_job(command: Command, out: Path, slurm: Cluster) -> None:
     assert "nothing to resume" in command("spd_launch.resume", "latest").stdout
 
 
-def test_two_nodes_give_the_result_of_one_process(
-    launch: Callable[..., tuple[LaunchDir, list[Task]]], slurm: Cluster
-) -> None:
+def test_two_nodes_give_the_result_of_one_process(launch: Launch, slurm: Cluster) -> None:
     folder, [task] = launch("dp=4", "cluster.nodes=2", "cluster.gpus_per_node=2")
     alone_folder, [alone] = launch("cluster=local", "dp=1")
     assert status(alone_folder, alone).state == "finished"
@@ -143,7 +68,7 @@ def test_two_nodes_give_the_result_of_one_process(
             assert four[name] == pytest.approx(one[name], abs=1e-4, nan_ok=True), name
 
 
-def test_a_multirun_is_one_array(launch: Callable[..., tuple[LaunchDir, list[Task]]]) -> None:
+def test_a_multirun_is_one_array(launch: Launch) -> None:
     folder, tasks = launch("-m", "seed=0,1,2", "launch.max_parallel=2")
     jobs = ledger.latest_jobs(folder)
     assert len({job.split("_")[0] for job in jobs.values()}) == 1
@@ -153,9 +78,7 @@ def test_a_multirun_is_one_array(launch: Callable[..., tuple[LaunchDir, list[Tas
         assert status(folder, task).job_id == jobs[task.run_id]
 
 
-def test_a_preempted_run_saves_and_finishes(
-    launch: Callable[..., tuple[LaunchDir, list[Task]]], slurm: Cluster
-) -> None:
+def test_a_preempted_run_saves_and_finishes(launch: Launch, slurm: Cluster) -> None:
     folder, [task] = launch(*LONG, "cluster.partition=scavenge")
     wait_for_steps(folder, task)
     other = slurm.submit("-p", "main", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
@@ -168,9 +91,7 @@ def test_a_preempted_run_saves_and_finishes(
     assert f"continuing from step {stopped_at}" in log(folder)
 
 
-def test_a_run_outlives_its_time_limit(
-    launch: Callable[..., tuple[LaunchDir, list[Task]]], command: Command
-) -> None:
+def test_a_run_outlives_its_time_limit(launch: Launch, command: Command) -> None:
     folder, [task] = launch(
         *LONG,
         "train.steps=1000000",  # more than any machine does in a minute
@@ -189,9 +110,7 @@ def test_a_run_outlives_its_time_limit(
     command("spd_launch.cancel", "latest")
 
 
-def test_requeues_are_bounded(
-    launch: Callable[..., tuple[LaunchDir, list[Task]]], slurm: Cluster
-) -> None:
+def test_requeues_are_bounded(launch: Launch, slurm: Cluster) -> None:
     limits = ("cluster.time_min=1", "cluster.signal_delay_s=45", "launch.max_requeues=0")
     folder, [task] = launch(*LONG, "train.steps=1000000", *limits)
     wait_until(folder, task, "stopped", 120)
@@ -201,7 +120,7 @@ def test_requeues_are_bounded(
 
 
 def test_the_snapshot_is_the_dirty_tree_and_deaf(
-    launch: Callable[..., tuple[LaunchDir, list[Task]]], project: Path, slurm: Cluster
+    launch: Launch, project: Path, slurm: Cluster
 ) -> None:
     package, untracked = project / "spd_launch/__init__.py", project / "spd_launch/extra.py"
     subprocess.run(["git", "add", "-A"], cwd=project, check=True)
@@ -222,7 +141,7 @@ def test_the_snapshot_is_the_dirty_tree_and_deaf(
 
 
 def test_a_killed_task_ends_its_job_and_resume_finishes_it(
-    launch: Callable[..., tuple[LaunchDir, list[Task]]], command: Command, slurm: Cluster
+    launch: Launch, command: Command, slurm: Cluster
 ) -> None:
     folder, [task] = launch(*LONG, "dp=2")
     wait_for_steps(folder, task)
@@ -263,7 +182,7 @@ def loss(model: ComponentModel, batch: Batch, *, at: int) -> LossParts:
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_error(
-    launch: Callable[..., tuple[LaunchDir, list[Task]]], project: Path, slurm: Cluster
+    launch: Launch, project: Path, slurm: Cluster
 ) -> None:
     (project / "failing.py").write_text(FAILING)
     loss = "losses.failing={path: failing.loss, coeff: 1.0, at: 12}"
@@ -277,9 +196,7 @@ def test_a_rank_that_fails_ends_the_others_with_its_error(
     wait_for(lambda: status(folder, task).step == 12, 10, "the step that was reached")
 
 
-def test_a_cancelled_run_stays_cancelled(
-    launch: Callable[..., tuple[LaunchDir, list[Task]]], command: Command, slurm: Cluster
-) -> None:
+def test_a_cancelled_run_stays_cancelled(launch: Launch, command: Command, slurm: Cluster) -> None:
     folder, [running] = launch(*LONG)
     wait_for_steps(folder, running)
     assert "cancelled 1 live run(s)" in command("spd_launch.cancel", "latest").stdout

@@ -37,6 +37,7 @@ def test_the_report_is_one_self_contained_page(trained):
     assert not re.search(r"@import|url\(\s*['\"]?http", page)
     assert not {"script", "link", "iframe"} & set(links.tags)
     assert links.tags.count("img") == 1 and "svg" in links.tags
+    assert re.search(r"target tms of seed \d+, mean squared error \d\.\d\de-0\d", page)
     assert "my_run" in page and "stochastic_recon_layerwise" in page and "mmcs" in page
 
 

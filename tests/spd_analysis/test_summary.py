@@ -1,12 +1,18 @@
+import re
+
 import pytest
+from rich.console import Console
 
 from spd_analysis.summary import final_metrics, format_value, metric_tables, print_summary
+from spd_core.config import config_to_yaml
 from spd_core.run_dir import append_metrics
+from spd_core.targets.train_target import load_or_train_target
 
 
 @pytest.fixture
-def run_dir(make_run_dir):
+def run_dir(make_run_dir, make_config):
     run_dir = make_run_dir("a_run")
+    run_dir.config_file.write_text(config_to_yaml(make_config()))
     append_metrics(run_dir, {"step": 0, "loss/total": 2.0, "lr": 0.1})
     return run_dir
 
@@ -45,3 +51,14 @@ def test_the_summary_names_the_run_and_the_verdict(wrong, verdict, run_dir, caps
     print_summary(run_dir)
     printed = capsys.readouterr().out
     assert verdict in printed and "a_run" in printed and "report.html" in printed
+
+
+def test_the_summary_names_the_target_with_its_seed_and_loss(run_dir, make_config, capsys):
+    append_metrics(run_dir, {"step": 6, "eval/loss/x": 3.0})
+    config = make_config("target.seed=2", "target.n_seeds=1")
+    run_dir.config_file.write_text(config_to_yaml(config))
+    load_or_train_target(config, run_dir.targets, Console(quiet=True))
+    print_summary(run_dir)
+    assert re.search(
+        r"target +tms of seed 2, mean squared error \d\.\d\de-0\d", capsys.readouterr().out
+    )

@@ -17,6 +17,7 @@ from spd_core.config import RunConfig, config_to_yaml
 from spd_core.data.text import load_or_tokenise
 from spd_core.schedule import schedule_value
 from spd_core.targets.pretrain import (
+    Stopped,
     main,
     make_optimizer,
     pretrain,
@@ -39,7 +40,7 @@ def rows_with_a_favourite(n, seed):
     return torch.where(torch.rand(n, SEQ, generator=generator) < 0.6, favourite, others)
 
 
-def train(config, dist, folder=None, console=QUIET, batches=None, **options):
+def train(config, dist, folder=None, console=QUIET, batches=None, stop_at=None, **options):
     """Every rank's part of a global batch that depends on the step alone."""
 
     def part(tokens):
@@ -50,7 +51,7 @@ def train(config, dist, folder=None, console=QUIET, batches=None, **options):
 
     eval_batches = [part(rows_with_a_favourite(n, n)) for n in (65, 60)]
     given = (config, batches or batch, eval_batches, VOCAB, SEQ, dist, folder, console)
-    return pretrain(*given, **options)
+    return pretrain(*given, lambda done: done == stop_at, **options)
 
 
 def weights_of(model):
@@ -90,6 +91,26 @@ def test_a_killed_run_continues_to_the_same_weights(one_process, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pretrain.safetensors"]
     # What is finished is only evaluated.
     assert train(config, one_process, tmp_path, batches=lambda _: pytest.fail("trains"))[1] == loss
+
+
+def test_what_is_stopped_saves_at_that_step_and_continues_to_the_same_weights(
+    one_process, tmp_path
+):
+    config = make_target_config()
+    wanted, wanted_loss = train(config, one_process)
+    with pytest.raises(Stopped):
+        train(config, one_process, tmp_path, stop_at=7)
+    seen = []
+
+    def batches(step):
+        seen.append(step)
+        return rows_with_a_favourite(config.batch_size, 1000 + step)
+
+    # At the last step there is nothing to stop.
+    model, loss = train(config, one_process, tmp_path, batches=batches, stop_at=10)
+    assert seen == [7, 8, 9] and loss == wanted_loss
+    for name, weight in weights_of(wanted).items():
+        assert torch.equal(weights_of(model)[name], weight), name
 
 
 def test_a_checkpoint_of_another_config_is_refused(one_process, tmp_path):

@@ -1,10 +1,16 @@
+import io
+import subprocess
+import sys
+
 import pytest
 import torch
 from rich.console import Console
+from test_keep import text_run
 
 from spd_core.randomness import stream
+from spd_core.targets.store import read_record, target_folder
 from spd_core.targets.tms import TMS, tms_problem, train_tms
-from spd_core.targets.train_target import load_or_train_target
+from spd_core.targets.train_target import load_or_train_target, train_target
 
 QUIET = Console(quiet=True)
 
@@ -28,6 +34,32 @@ def test_another_target_or_other_data_is_another_entry(make_config, tmp_path):
     for override in ("seed=5", "target.steps=151", "data.feature_probability=0.06"):
         load_or_train_target(make_config(override), tmp_path, QUIET)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+
+
+def test_who_comes_second_waits_until_the_first_has_ended_or_it_is_stopped(
+    make_config, one_process, tmp_path
+):
+    config, console = make_config(), Console(file=io.StringIO(), width=200)
+    lock = tmp_path / f"{target_folder(config, tmp_path).name}.lock"
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    until = "print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", f"{hold}; {until}", str(lock)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as first:
+        assert first.stdout is not None and first.stdin is not None and first.stdout.readline()
+        asked = []
+
+        def after_step(step):
+            asked.append(step)
+            return len(asked) == 2
+
+        arguments = (config, tmp_path, one_process, console)
+        assert train_target(*arguments, after_step) == "stopped" and asked == [0, 0]
+        assert "another process is training this target" in console.file.getvalue()
+        assert read_record(config, tmp_path) is None
+        first.stdin.close()
+    assert train_target(*arguments, lambda _: False) == "finished"
+    assert read_record(config, tmp_path) is not None
 
 
 def test_a_target_without_every_feature_is_rejected(make_config, tmp_path):
@@ -94,10 +126,40 @@ def test_a_pretrained_model_of_transformers_from_a_folder(make_config, tmp_path)
     assert target.output == "logits" and target.module.config.use_cache is False
 
 
-@pytest.mark.parametrize("class_path, pretrained", [
-    ("no_such_package.Net", None), ("torch.nn.NoSuchModule", None),
-    ("transformers.GPT2LMHeadModel", "no/such/folder/at/all"),
+@pytest.mark.parametrize("class_path, pretrained, message", [
+    ("no_such_package.Net", None, "No module named 'no_such_package'; it is found in .*PYTHONPATH"),
+    ("torch.nn.NoSuchModule", None, "has no attribute 'NoSuchModule'; it is found in "),
+    ("transformers.GPT2LMHeadModel", "no/such/folder/at/all", "pretrained=no.*HF_HUB_OFFLINE"),
+    ("torch.nn.Linear", None, "missing 2 required positional arguments"),
+    ("torch.nn.Linear", "x", "pretrained=x: .*no attribute 'from_pretrained'"),
+    ("pathlib.Path", None, r"makes no torch\.nn\.Module"),
 ])  # fmt: skip
-def test_a_custom_target_that_is_not_there_is_named(class_path, pretrained, make_config, tmp_path):
-    with pytest.raises(ValueError, match=rf"class_path={class_path}.*HF_HUB_OFFLINE"):
+def test_a_custom_target_that_is_not_there_is_named(
+    class_path, pretrained, message, make_config, tmp_path
+):
+    with pytest.raises(ValueError, match=rf"^target\.class_path={class_path}.*{message}") as error:
         load_or_train_target(custom(make_config, class_path, pretrained), tmp_path, QUIET)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("class_path", ["transformers.GPT2LMHeadModel", "my_lm.Net"])
+def test_more_tokens_than_a_custom_target_embeds_are_refused(
+    class_path, make_config, tmp_path, monkeypatch
+):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    (tmp_path / "my_lm.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(nn.Embedding(299, 8), nn.Linear(8, 299))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    # The positions are as many as the tokens: what counts is the table of tokens.
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 299, "n_positions": 300}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    name = str(tmp_path / "gpt2") if class_path.startswith("transformers") else None
+    target = custom(make_config, class_path, name).target
+    config = text_run(make_config, target)
+    with pytest.raises(ValueError, match=r"data\.tokenizer=None has 300 tokens .*embeds 299"):
+        load_or_train_target(config, tmp_path / "targets", QUIET)
+    fewer = text_run(make_config, target, vocab_size=299)
+    assert load_or_train_target(fewer, tmp_path / "targets", QUIET).seed is None

@@ -31,6 +31,7 @@ def make_target_config(**overrides):
         "autocast": "off",
         "seed": 0,
         "n_seeds": 1,
+        "from_run": None,
     }
     return TransformerTargetConfig.model_validate(values | overrides)
 

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 from spd_core.config import RunConfig
+from spd_core.targets.store import target_name
 from spd_launch.compose import compose
 
 SMALL = [
@@ -28,3 +29,6 @@ def config(cluster: str = "cpu", **changes: Any) -> RunConfig:
             place = place[key]
         place[last] = value
     return RunConfig.model_validate(values)
+
+
+STORED = [target_name(config())]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,7 +147,38 @@ def test_config_is_shown_and_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert yaml.safe_load(shown.stdout)["seed"] == 7
     done = run("spd_launch", "-m", *LOCAL, "seed=0,1", "launch.dry_run=true", out=tmp_path)
     assert done.returncode == 0 and "2 run(s), each 1 node(s) x 1 process(es)" in done.stdout
+    on_slurm = ["+experiment=tms_5-2", "cluster=cpu", "seed=0,1", "dp=2", "launch.dry_run=true"]
+    done = run("spd_launch", "-m", *on_slurm, out=tmp_path)
+    assert "1 target(s), each 1 node(s) x 1 process(es)" in done.stdout
+    assert "2 run(s), each 1 node(s) x 2 process(es)" in done.stdout
+    assert done.stdout.count("   after target-tms-") == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_the_target_of_another_run_is_taken_before_anything_is_sent(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    small = ["+experiment=tms_5-2", "target.steps=1000", "target.batch_size=512"]
+    trained = run("spd_launch", *small, "cluster=local", "launch.goal=target", out=theirs)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    [other] = (theirs / "runs").iterdir()
+    ours, take = tmp_path / "ours", f"target.from_run={other}"
+    for wrong in (["target.from_run=nowhere"], [take, "target.n_hidden=3"]):
+        done = run("spd_launch", "+experiment=tms_5-2", "cluster=cpu", *wrong, out=ours)
+        assert done.returncode == 2 and re.search(
+            r"^error: .*(no run|n_hidden=2 and 3)", done.stderr
+        )
+        assert not (ours / "launches").exists() and not (ours / "runs").exists()
+    planned = run(
+        "spd_launch", "+experiment=tms_5-2", "cluster=cpu", take, "launch.dry_run=true", out=ours
+    )
+    assert "1 run(s)" in planned.stdout and "target(s)" not in planned.stdout
+    only = ["+experiment=tms_5-2", "cluster=local", "launch.goal=target"]
+    # A path is the same run from everywhere.
+    done = run("spd_launch", *only, f"target.from_run={os.path.relpath(other, ROOT)}", out=ours)
+    assert f"took the target of {other}" in done.stderr and "nothing to do" in done.stdout
+    [kept] = ours.glob("targets/*/target.safetensors")
+    [trained_one] = theirs.glob("targets/*/target.safetensors")
+    assert kept.read_bytes() == trained_one.read_bytes()
 
 
 @pytest.mark.parametrize(

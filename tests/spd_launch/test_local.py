@@ -89,8 +89,25 @@ def test_two_processes_finish_and_say_where_the_report_is(start: Start, out: Pat
     assert current(out).state == "finished" and current(out).step == 4
     assert str(run_dir.report_file) in text and run_dir.report_file.exists()
     assert {r["step"] for r in read_metrics(run_dir)} >= {1, 2, 4}
-    assert "finished" in ended(start("spd_launch.status", "latest"), 0)
+    shown = ended(start("spd_launch.status", "latest"), 0)
+    assert "finished" in shown and "seed 0" in shown and "target  tms of seed 0" in text
     assert "nothing to resume" in ended(start("spd_launch.resume", "latest"), 0)
+
+
+@pytest.mark.slow
+def test_a_target_alone(start: Start, tmp_path: Path) -> None:
+    out = f"launch.out_dir='{tmp_path}'"
+    only = ["spd_launch", *RUN, out, "launch.goal=target"]
+    text = ended(start(*only), 0)
+    assert "1 target(s) here" in text and "the target is in" in text
+    assert len(list(tmp_path.glob("targets/*/target.json"))) == 1
+    status = current(tmp_path)
+    assert (status.state, status.step, status.steps) == ("finished", 1000, 1000)
+    assert "nothing to do" in ended(start(*only), 0)
+    bad = ended(start(*only, "target.steps=1", "target.n_seeds=1"), 2)
+    assert "error: no target of seeds 0 to 0 is good" in bad and "Traceback" not in bad
+    shown = ended(start("spd_launch.status", "latest", f"--out-dir={tmp_path}"), 0)
+    assert "failed: ValueError: no target of seeds 0 to 0 is good" in shown
 
 
 @pytest.mark.slow

@@ -3,13 +3,16 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from launch_configs import config
+from launch_configs import STORED, config
 
-from spd_core.config import ClusterConfig
+from spd_core.config import ClusterConfig, RunConfig
+from spd_core.targets.store import target_name
+from spd_launch.compose import compose
 from spd_launch.errors import LaunchError
 from spd_launch.ledger import describe
 from spd_launch.plan import clean, group, make_plan, run_ids, shape
 from spd_launch.submit import split
+from spd_launch.validate import validate
 
 CPU: ClusterConfig = config("cpu").cluster
 WORDS = st.text("abz/ $'\"%.-0é\n", min_size=1, max_size=40)
@@ -71,13 +74,13 @@ def test_ids_do_not_depend_on_order() -> None:
 
 def test_equal_runs_are_refused() -> None:
     with pytest.raises(LaunchError, match="2 runs of this launch are the same"):
-        make_plan([({"seed": "0"}, config()), ({"seed": "0"}, config())], "now", "ab12")
+        make_plan([({"seed": "0"}, config()), ({"seed": "0"}, config())], "now", "ab12", STORED)
 
 
 def test_one_array_for_each_resource_request() -> None:
     sizes = [1, 2, 1, 16, 2, 1]
     runs = [({"seed": str(i), "dp": str(dp)}, config(seed=i, dp=dp)) for i, dp in enumerate(sizes)]
-    plan = make_plan(runs, "20261123-112233", "3fa9")
+    plan = make_plan(runs, "20261123-112233", "3fa9", STORED)
     assert plan.launch_id == "20261123-112233-tms_5-2-3fa9"
     shapes = {(a.nodes, a.tasks_per_node): len(a.tasks) for a in plan.arrays}
     assert shapes == {(1, 1): 3, (1, 2): 2, (2, 8): 1}
@@ -85,15 +88,78 @@ def test_one_array_for_each_resource_request() -> None:
     assert describe(plan)["arrays"][0]["runs"] == [plan.tasks[i].run_id for i in (0, 2, 5)]
 
 
+def lm(**changes: object) -> RunConfig:
+    values = compose(["+experiment=ss_llama_simple-1L", "cluster=cpu"], multirun=False)[0].values
+    return validate(values | changes)
+
+
+def test_on_slurm_a_missing_target_is_a_task_that_its_runs_come_after() -> None:
+    runs = [({"seed": str(seed)}, config(seed=seed, dp=16)) for seed in (0, 1)]
+    plan = make_plan(runs, "now", "ab12", stored=[])
+    [target, decompositions] = plan.arrays
+    [task] = target.tasks
+    assert task.run_id == f"target-tms-{STORED[0]}-ab12"
+    assert (task.nodes, task.tasks_per_node, task.after) == (1, 1, None)
+    assert (task.config.launch.goal, task.config.dp) == ("target", 1)
+    assert target_name(task.config) == target_name(runs[0][1])
+    assert [t.config for t in decompositions.tasks] == [run for _, run in runs]
+    assert {t.after for t in decompositions.tasks} == {task.run_id}
+    assert [t.index for t in (*decompositions.tasks, task)] == [0, 1, 2]
+
+
+def test_targets_share_an_array_and_runs_wait_for_their_own_only() -> None:
+    configs = [config(seed=s, target__seed=t) for s in (0, 1) for t in (0, 1, 2)]
+    runs = [({"seed": str(i)}, c) for i, c in enumerate(configs)]
+    plan = make_plan(runs, "now", "ab12", stored=STORED)  # that of target.seed=0
+    assert [len(array.tasks) for array in plan.arrays] == [2, 2, 2, 2]
+    for array in plan.arrays[1:]:
+        assert len({t.after for t in array.tasks}) == 1
+    for task in plan.tasks[:6]:
+        digest = target_name(task.config)
+        wanted = None if digest in STORED else f"target-tms-{digest}-ab12"
+        assert task.after == wanted
+
+
+def test_a_language_model_is_trained_by_as_many_processes_as_decompose_it() -> None:
+    plan = make_plan([({}, lm(dp=16))], "now", "ab12", stored=[])
+    target, run = plan.arrays
+    assert (target.nodes, target.tasks_per_node) == (run.nodes, run.tasks_per_node) == (2, 8)
+    small = {**lm().target.model_dump(), "batch_size": 8}
+    with pytest.raises(LaunchError, match=r"target\.batch_size=8 leaves some of dp=16"):
+        make_plan([({}, lm(dp=16, target=small))], "now", "ab12", stored=[])
+
+
+def test_here_a_run_trains_its_own_target() -> None:
+    [task] = make_plan([({}, config("local"))], "now", "ab12", stored=[]).tasks
+    assert task.after is None and task.config.launch.goal == "decomposition"
+
+
+@pytest.mark.parametrize("cluster", ["cpu", "local"])
+def test_only_the_target(cluster: str) -> None:
+    runs = [({}, config(cluster, seed=s, launch__goal="target")) for s in (0, 1)]
+    [task] = make_plan(runs, "now", "ab12", stored=[]).tasks
+    assert task.index == 0 and task.config.launch.goal == "target"
+    assert make_plan(runs, "now", "ab12", stored=STORED).tasks == []
+
+
+def test_a_custom_target_is_never_trained() -> None:
+    custom = {"kind": "custom", "class_path": "torch.nn.Linear", "pretrained": None}
+    custom |= {"n_features": 3, "output": None}
+    [task] = make_plan([({}, config(target=custom))], "now", "ab12", stored=[]).tasks
+    assert task.after is None
+    with pytest.raises(LaunchError, match="a custom target is loaded, never trained"):
+        make_plan([({}, config(target=custom, launch__goal="target"))], "now", "ab12", stored=[])
+
+
 def test_local_and_slurm_do_not_mix() -> None:
     runs = [({"cluster": c}, config(c)) for c in ("cpu", "local")]
     with pytest.raises(LaunchError, match="either here or on Slurm"):
-        make_plan(runs, "now", "ab12")
+        make_plan(runs, "now", "ab12", STORED)
 
 
 @given(n=st.integers(1, 30), limit=st.integers(1, 40))
 def test_split_respects_the_array_limit(n: int, limit: int) -> None:
-    plan = make_plan([({"seed": str(i)}, config(seed=i)) for i in range(n)], "now", "ab12")
+    plan = make_plan([({"seed": str(i)}, config(seed=i)) for i in range(n)], "now", "ab12", STORED)
     chunks = split(group(plan.tasks), limit)
     assert all(len(chunk.tasks) <= limit for chunk in chunks)
     assert [t.index for chunk in chunks for t in chunk.tasks] == list(range(n))
