@@ -12,9 +12,7 @@ LossParts = tuple[Float[Tensor, ""], int]
 
 
 def distance(
-    kind: Literal["mse", "kl"],
-    pred: Float[Tensor, "... d_out"],
-    target: Float[Tensor, "... d_out"],
+    kind: Literal["mse", "kl"], pred: Float[Tensor, "... d_out"], target: Float[Tensor, "... d_out"]
 ) -> LossParts:
     """Squared error per output element, or KL(target || pred) per position in nats."""
     match kind:

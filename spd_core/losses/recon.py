@@ -17,11 +17,7 @@ Source = Literal["unmasked", "ci_masked", "stochastic"]
 
 
 def recon(
-    model: ComponentModel,
-    batch: Batch,
-    source: Source,
-    routing: Routing,
-    purpose: str,
+    model: ComponentModel, batch: Batch, source: Source, routing: Routing, purpose: str
 ) -> LossParts:
     """Distance between the target's output and the masked one.
 

@@ -32,11 +32,7 @@ from spd_core.targets.config import (
     TMSTargetConfig,
     TransformerTargetConfig,
 )
-from spd_core.targets.induction import (
-    InductionTransformer,
-    induction_problem,
-    train_induction,
-)
+from spd_core.targets.induction import InductionTransformer, induction_problem, train_induction
 from spd_core.targets.keep import copy_from_run, different_fields, keep
 from spd_core.targets.pretrain import Stopped, pretrain_on_text
 from spd_core.targets.resid_mlp import ResidMLP, resid_mlp_problem, train_resid_mlp
@@ -71,11 +67,7 @@ def load_or_train_target(config: RunConfig, store: Path, console: Console) -> Ta
 
 
 def train_target(
-    config: RunConfig,
-    store: Path,
-    dist: Dist,
-    console: Console,
-    after_step: Callable[[int], bool],
+    config: RunConfig, store: Path, dist: Dist, console: Console, after_step: Callable[[int], bool]
 ) -> Literal["finished", "stopped"]:
     """Put the target of this config into the store, unless it is there; every rank calls this.
 
@@ -198,11 +190,7 @@ def _device(config: RunConfig) -> str:
 
 
 def _train_into(
-    config: RunConfig,
-    folder: Path,
-    dist: Dist,
-    console: Console,
-    after_step: Callable[[int], bool],
+    config: RunConfig, folder: Path, dist: Dist, console: Console, after_step: Callable[[int], bool]
 ) -> None:
     """Try one seed after the other until the target is good; or copy that of another run."""
     assert not isinstance(config.target, CustomTargetConfig)

@@ -232,10 +232,7 @@ def test_known_solutions_that_are_missed(
     monkeypatch.setattr("spd_core.evaluate.single_feature_ci", lambda *_: ci)
     got = evaluated(config, tms_model(), 3, one_process, tmp_path)
     errors = {k: v for k, v in got.items() if "identity_ci_error" in k}
-    assert errors == {
-        "eval/identity_ci_error/linear1": 2,
-        "eval/identity_ci_error/linear2": 2,
-    }
+    assert errors == {"eval/identity_ci_error/linear1": 2, "eval/identity_ci_error/linear2": 2}
 
 
 @pytest.mark.parametrize("override, message", [

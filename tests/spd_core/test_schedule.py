@@ -51,11 +51,7 @@ def test_coefficient_is_a_number_or_a_schedule():
 
 def minimality(start, end):
     return ImportanceMinimalityConfig(
-        p=2.0,
-        beta=0,
-        p_anneal_start_frac=start,
-        p_anneal_end_frac=end,
-        p_anneal_final_p=0.4,
+        p=2.0, beta=0, p_anneal_start_frac=start, p_anneal_end_frac=end, p_anneal_final_p=0.4
     )
 
 

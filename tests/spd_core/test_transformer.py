@@ -233,12 +233,7 @@ def test_more_tokens_than_the_context_are_refused():
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        {"d_model": 18},
-        {"n_kv_heads": 3},
-        {"kind": "gpt2_simple", "n_kv_heads": 2},
-        {"d_model": 12},
-    ],
+    [{"d_model": 18}, {"n_kv_heads": 3}, {"kind": "gpt2_simple", "n_kv_heads": 2}, {"d_model": 12}],
 )
 def test_heads_that_do_not_fit_are_refused(wrong):
     with pytest.raises(ValidationError, match="n_heads"):
