@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING
 
-import torch
-
-from spd_core.distributed import Dist, broadcast
+if TYPE_CHECKING:
+    from spd_core.distributed import Dist
 
 BLAME_S = 1.5  # an error waits to hear of another that came first: a killed peer breaks collectives
 FAREWELL_S = 5.0  # for the answer to an error
@@ -30,7 +30,7 @@ class PeerFailed(RuntimeError):
 
 @contextmanager
 def watching(
-    dist: Dist, main_address: str, on_failure: Callable[[], None] = lambda: None
+    dist: "Dist", main_address: str, on_failure: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """While every rank is in here, all end within a minute of one's failure.
 
@@ -78,8 +78,12 @@ def watching(
             raise PeerFailed(message) from error
 
 
-def _call_main(dist: Dist, main_address: str) -> Connection:
+def _call_main(dist: "Dist", main_address: str) -> Connection:
     """A line to the switchboard at rank 0; over it each rank says, and hears, one word."""
+    import torch  # not at plan time
+
+    from spd_core.distributed import broadcast
+
     port = torch.zeros((), dtype=torch.long, device=dist.device)
     if dist.is_main:
         server = socket.create_server(("", 0), backlog=dist.world_size)

@@ -78,6 +78,12 @@ def processes_of(run_dir):
     return found
 
 
+def ignores(process, number):
+    status = Path(f"/proc/{process}/status").read_text()
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigIgn:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def wait_until_alone(run_dir):
     deadline = time.monotonic() + 30
     while processes_of(run_dir) and time.monotonic() < deadline:
@@ -170,8 +176,9 @@ def test_signals_to_the_run_do_not_end_the_upload(track, capfd):
 
     def send_signals(run_dir, _config):
         def later():
-            time.sleep(1.5)
-            (process,) = processes_of(run_dir)
+            while not (found := [p for p in processes_of(run_dir) if ignores(p, signal.SIGTERM)]):
+                time.sleep(0.02)
+            (process,) = found
             loaded.append(Path(f"/proc/{process}/maps").read_text())
             for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
                 os.kill(process, number)
