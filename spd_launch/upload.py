@@ -50,6 +50,7 @@ def uploading(config: RunConfig, run_dir: RunDir) -> Iterator[None]:
     # Its reports about errors hold up the exit; whose memory and GPU it shows; which code runs.
     env = {"WANDB_ERROR_REPORTING": "false", "WANDB__STATS_PID": str(os.getpid()), **os.environ}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    env.pop("WANDB_SERVICE", None)  # else it would share the W&B that another process has started
     with open(run_dir.path / "upload.log", "wb") as log:
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stderr=log, start_new_session=True
