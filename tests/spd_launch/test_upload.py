@@ -31,6 +31,7 @@ ONLINE = ("track.wandb.mode=online", "target.seed=77")
 @pytest.fixture
 def run_folder(make_config, make_run_dir, tmp_path, monkeypatch):
     """The folder of a run with these overrides, as it is before it trains."""
+    monkeypatch.setenv("WANDB_SERVICE", "a service that is no more")  # of whoever used W&B before
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
 
@@ -367,6 +368,7 @@ def server(monkeypatch):
 @pytest.fixture
 def upload_command(monkeypatch):
     """The command of the warning, as a user types it."""
+    monkeypatch.delenv("WANDB_SERVICE")
     monkeypatch.setenv("WANDB_SILENT", "true")
 
     def run(run_dir, code=0):
