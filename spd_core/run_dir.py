@@ -52,11 +52,18 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.umask(umask)
         for written in [*temporary.glob("*")] or [temporary]:
             written.chmod(0o666 & ~umask)  # safetensors writes files for their owner alone
-            with open(written, "rb") as file:
-                os.fsync(file.fileno())
+            _fsync(written)
+        _fsync(temporary)
         os.rename(temporary, path)
+        _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def write_atomic(path: Path, text: str) -> None:
