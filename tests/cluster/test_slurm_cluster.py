@@ -72,7 +72,7 @@ def test_preempted_job_is_requeued(slurm: Cluster, tmp_path: Path) -> None:
     whole = ["--nodes=4", "--exclusive", "--open-mode=append", f"--output={log}"]
     srun = shlex.join(["srun", "--nodes=1", "--ntasks=1", sys.executable, str(script)])
     low = slurm.submit("--partition=scavenge", *whole, "--wrap", srun)
-    wait_for(lambda: log.exists() and "attempt 0" in log.read_text(), 60, "the scavenge job")
+    wait_for(lambda: log.exists() and "attempt 0" in log.read_text(), 120, "the scavenge job")
     high = slurm.submit("--partition=main", *whole, "--wrap", "true")
     # SIGTERM first; the job, which ignores it, is killed after the partition's GraceTime.
     wait_for(lambda: "got SIGTERM" in log.read_text(), 30, "SIGTERM")
