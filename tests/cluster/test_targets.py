@@ -16,6 +16,11 @@ LM = [
     "data.n_documents=300", "data.vocab_size=300", "data.seq_len=16", "target.d_model=16",
     "target.d_mlp=16", "target.batch_size=4",
 ]  # fmt: skip
+NO_FIGURES = [
+    f"eval.metrics.{name}=null"
+    for name in ("ci_histograms", "component_activation_density", "ci_mean_per_component",
+                 "permuted_ci_plots", "uv_plots")
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +41,7 @@ def waits_for(slurm: Cluster, job: str) -> str:
 def test_runs_come_after_the_one_job_that_trains_their_target(
     launch: Launch, command: Command, slurm: Cluster
 ) -> None:
-    folder, tasks = launch("-m", "seed=0,1")
+    folder, tasks = launch("-m", "seed=0,1", *NO_FIGURES)
     *runs, target = tasks
     jobs = ledger.latest_jobs(folder)
     assert len(jobs) == 3 and len({job.split("_")[0] for job in jobs.values()}) == 2
