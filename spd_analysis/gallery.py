@@ -7,14 +7,13 @@ seed that comes first.
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 from statistics import mean
 
 from spd_analysis.report import CAPTIONS
-from spd_analysis.summary import metric_tables, verdict
+from spd_analysis.summary import environment, metric_tables, verdict
 from spd_core.config import RunConfig, load_config
 from spd_core.run_dir import RunDir, read_metrics, read_status, write_atomic
 
@@ -33,7 +32,7 @@ def write_gallery(runs: list[RunDir], page: Path) -> None:
     Raises:
         ValueError: a folder holds no finished run, or two are the same seed of an experiment.
     """
-    by_experiment: dict[str, dict[int, tuple[RunDir, RunConfig]]] = {}
+    by_experiment: dict[str, dict[int, RunDir]] = {}
     for run_dir in runs:
         config, status = load_config(run_dir.config_file), read_status(run_dir)
         if status is None or status.state != "finished":
@@ -41,19 +40,20 @@ def write_gallery(runs: list[RunDir], page: Path) -> None:
         seeds = by_experiment.setdefault(config.experiment, {})
         if config.seed in seeds:
             raise ValueError(
-                f"{seeds[config.seed][0].path} and {run_dir.path} are both seed {config.seed} of "
+                f"{seeds[config.seed].path} and {run_dir.path} are both seed {config.seed} of "
                 f"{config.experiment}; give one of them"
             )
-        seeds[config.seed] = (run_dir, config)
+        seeds[config.seed] = run_dir
     pictures = page.with_suffix("")
     shutil.rmtree(pictures, ignore_errors=True)
     pictures.mkdir(parents=True)
     sections = [HEAD]
     for experiment, seeds in sorted(by_experiment.items()):
-        first_dir, config = seeds[min(seeds)]
-        sections.append(_section(experiment, {seed: r for seed, (r, _) in seeds.items()}, config))
+        first = seeds[min(seeds)]
+        config = load_config(first.config_file)
+        sections.append(_section(experiment, seeds, config))
         for name in FIGURES:
-            picture = first_dir.figures / f"step_{config.train.steps}" / f"{name}.png"
+            picture = first.figures / f"step_{config.train.steps}" / f"{name}.png"
             if picture.exists():
                 copy = pictures / f"{experiment}-{name}.png"
                 shutil.copyfile(picture, copy)
@@ -73,7 +73,7 @@ def _section(experiment: str, runs: dict[int, RunDir], config: RunConfig) -> str
         for module, values in tables["module"].items():
             cells = [f"{values[c]:.4g}" if c in values else "" for c in COLUMNS]
             rows.append(f"| {seed} | `{module}` | {' | '.join(cells)} |")
-    host = json.loads(next(iter(runs.values())).env_file.read_text())
+    host = environment(runs[min(runs)])
     solved = f"Known solution found on {n_solved} of {len(runs)} seeds. " if n_solved else ""
     return "\n".join([
         f"## {experiment}\n",

@@ -80,12 +80,12 @@ def loss_parts(
             return minimality.importance_minimality(sums, config.beta, step.dist)
         case CustomConfig():
             return load_part(f"losses.{name}", config, "loss")(model, batch)
-        case options.PGDReconConfig() if name in step.sources:
-            sources = step.sources[name]
-            parts = pgd.pgd_recon(model, active, sources, _routing(name, config), name)
         case options.PGDReconConfig():
             routing = _routing(name, config)
-            sources = pgd.own_sources(model, active, config, routing, name)
+            if name in step.sources:
+                sources = step.sources[name]
+            else:
+                sources = pgd.own_sources(model, active, config, routing, name)
             parts = pgd.pgd_recon(model, active, sources, routing, name)
         case options.ReconConfig() if name == "stochastic_hidden_acts_recon":
             parts = hidden_acts_recon(model, active, name)
