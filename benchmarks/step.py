@@ -20,6 +20,7 @@ from torch.multiprocessing.spawn import spawn
 from spd_core import distributed
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig, config_digest
+from spd_core.data.batches import Decomposition
 from spd_core.randomness import stream
 from spd_core.step import optimisation_step
 from spd_core.targets.train_target import untrained_target
@@ -72,14 +73,14 @@ def measure(config: RunConfig, steps: int, dist: distributed.Dist) -> dict[str, 
     """Times of the step on a random target of the experiment's shape."""
     target = untrained_target(config, stream(0, "benchmark", device=torch.device("cpu")))
     model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
-    optimizer = build_optimizer(config, model)
+    optimizer, d = build_optimizer(config, model), Decomposition(config, model, dist)
     for step in range(N_WARMUP):
-        optimisation_step(config, model, optimizer, dist, step, lambda _ci: None)
+        optimisation_step(d, optimizer, step, lambda _ci: None)
     seconds = []
     for step in range(N_WARMUP, N_WARMUP + steps):
         _synchronise(dist)
         started = time.perf_counter()
-        optimisation_step(config, model, optimizer, dist, step, lambda _ci: None)
+        optimisation_step(d, optimizer, step, lambda _ci: None)
         _synchronise(dist)
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds)

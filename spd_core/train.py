@@ -14,6 +14,7 @@ from spd_core import checkpoint, distributed
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
+from spd_core.data.batches import Decomposition
 from spd_core.distributed import Dist, all_min, all_sum
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
 from spd_core.losses.faithfulness import faithfulness
@@ -72,10 +73,9 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What changes from step to step."""
+class Training(Decomposition):
+    """A decomposition with all that changes from step to step."""
 
-    model: ComponentModel
     optimizer: torch.optim.AdamW
     positions_ago: PositionsAgo
 
@@ -113,7 +113,7 @@ def _train(run: Run) -> Outcome:
     model = build_model(config, run.run_dir.targets, run.dist, console)
     check_metrics(config, model)
     ago = never_important(config.eval.metrics.alive_components, model)
-    training = Training(model, build_optimizer(config, model), ago)
+    training = Training(config, model, run.dist, build_optimizer(config, model), ago)
     _start(run, training, console)
     run.write_status("running")
     tracked = run.run_dir if run.dist.is_main else None
@@ -167,7 +167,7 @@ def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
 
 
 def _loop(run: Run, t: Training, tracker: Tracker) -> Outcome:
-    config, dist, steps = run.config, run.dist, run.config.train.steps
+    config, dist, steps = t.config, t.dist, t.config.train.steps
     alive, l0 = config.eval.metrics.alive_components, config.eval.metrics.ci_l0
     l0_of_step: Sums = {}
 
@@ -181,7 +181,7 @@ def _loop(run: Run, t: Training, tracker: Tracker) -> Outcome:
     while run.step < steps:
         # ---- one optimisation step; from then on `step` counts the steps done
         logged = (run.step + 1) % config.track.log_every == 0 or run.step + 1 in (1, steps)
-        result = optimisation_step(config, t.model, t.optimizer, dist, run.step, observe)
+        result = optimisation_step(t, t.optimizer, run.step, observe)
         step = run.step = run.step + 1
         due = due_metrics(config, step)
 
@@ -197,9 +197,8 @@ def _loop(run: Run, t: Training, tracker: Tracker) -> Outcome:
                 values[f"{unit}_per_s"] = result.n_positions / step_s
                 tracker.log(step, values | schedules(config, step - 1))
             if due:
-                figures, ago = run.run_dir.figures / f"step_{step}", t.positions_ago
-                values = evaluate(config, t.model, step, due, ago, step_s, dist, figures)
-                tracker.log(step, values)
+                figures = run.run_dir.figures / f"step_{step}"
+                tracker.log(step, evaluate(t, step, due, t.positions_ago, step_s, figures))
         stopping = distributed.any_rank(run.should_stop(), dist)
         saving = stopping or step % config.checkpoint.every_steps == 0 or step == steps
         if saving:

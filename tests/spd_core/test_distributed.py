@@ -13,7 +13,7 @@ from test_step import EVERY_LOSS, LIVELY, ON, OTHER_SCOPES
 from spd_core import distributed
 from spd_core.checkpoint import newest_valid_checkpoint
 from spd_core.component_model import ComponentModel
-from spd_core.data.batches import make_batch
+from spd_core.data.batches import Decomposition, make_batch
 from spd_core.distributed import Dist
 from spd_core.evaluate import due_metrics, evaluate
 from spd_core.losses import prepare_step
@@ -63,11 +63,14 @@ def one_step(config, dist):
     """Losses, gradients and metrics of one step, from the same weights in every process."""
     model = fresh_model(config)
     optimizer = build_optimizer(config, model)
-    step = optimisation_step(config, model, optimizer, dist, 2, lambda _ci: None)
+    d = Decomposition(config, model, dist)
+    step = optimisation_step(d, optimizer, 2, lambda _ci: None)
     values = {"losses": step.losses, "total": step.total, "norms": step.grad_norms}
     values["gradients"] = gradients_of(model)
     due = due_metrics(config, config.train.steps)
-    metrics = evaluate(config, fresh_model(config), 2, due, None, 1.0, dist, Path("unused"))
+    metrics = evaluate(
+        Decomposition(config, fresh_model(config), dist), 2, due, None, 1.0, Path("unused")
+    )
     return values | {
         "metrics": {k: torch.tensor(v) for k, v in metrics.items() if "cost" not in k},
         "uneven": uneven_step(config, dist),
@@ -78,10 +81,11 @@ def uneven_step(config, dist):
     """Losses, gradients and shared sources where ranks hold unequal numbers of examples."""
     model = fresh_model(config)
     randomness = Uneven(config.seed, 2, dist.rank, dist.world_size, 12, CPU)
-    batch = make_batch(config, model, randomness, "test")
-    losses, _ = accumulate_gradients(config, model, lambda: [batch], 1, 2, dist, lambda _ci: None)
+    d = Decomposition(config, model, dist)
+    batch = make_batch(d, randomness, "test")
+    losses, _ = accumulate_gradients(d, lambda: [batch], 1, 2, lambda _ci: None)
     distributed.sum_gradients(model.trained_parameters().values(), dist)
-    sources = prepare_step(config.losses.configured(), model, lambda: [batch], 1, 0.0, dist).sources
+    sources = prepare_step(d, config.losses.configured(), lambda: [batch], 1, 0.0).sources
     return {"losses": losses, "gradients": gradients_of(model), "sources": sources}
 
 

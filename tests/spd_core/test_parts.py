@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from spd_core.config import RunConfig
-from spd_core.data.batches import training_batches
+from spd_core.data.batches import Decomposition, training_batches
 from spd_core.parts import load_part
 from spd_core.run_dir import read_metrics
 from spd_core.train import build_model, faithfulness_warm_up, train
@@ -89,7 +89,7 @@ def test_the_page_as_it_stands(trained, one_process):
     assert {type(f).__name__ for f in model.ci_fns.values()} == {"Size"}
     assert model.ci_fns["linear1"].slope.mean().item() == pytest.approx(2, abs=0.2)
     faithfulness_warm_up(config, model)
-    batches, _ = training_batches(config, model, 0, one_process)
+    batches, _ = training_batches(Decomposition(config, model, one_process), 0)
     ci = np.concatenate(
         [c.lower.detach().numpy() for batch in batches() for c in batch.ci.values()], 1
     )

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from spd_core.checkpoint import checkpoint_steps, newest_valid_checkpoint
 from spd_core.config.metrics import MetricsConfig
-from spd_core.data.batches import make_batch
+from spd_core.data.batches import Decomposition, make_batch
 from spd_core.losses.faithfulness import faithfulness
 from spd_core.randomness import StepRandomness
 from spd_core.run_dir import read_metrics, read_status, write_atomic
@@ -277,7 +277,9 @@ def one_step(make_config, make_run_dir, one_process):
         model = build_model(config, targets, one_process, Console(quiet=True))
         before = {n: p.detach().clone() for n, p in model.trained_parameters().items()}
         optimizer = build_optimizer(config, model)
-        result = optimisation_step(config, model, optimizer, one_process, 0, lambda _ci: None)
+        result = optimisation_step(
+            Decomposition(config, model, one_process), optimizer, 0, lambda _ci: None
+        )
         return model, before, result
 
     return step
@@ -309,14 +311,13 @@ def test_the_first_adamw_step_in_closed_form(one_step):
 def test_gradients_against_finite_differences(make_config, tms_model, one_process):
     config = make_config("decompose.sigmoid=normal", "losses.importance_minimality.beta=0.3")
     model = tms_model("decompose.sigmoid=normal").double()
+    d = Decomposition(config, model, one_process)
 
     def loss():
         randomness = StepRandomness(0, 0, 0, 1, 32, torch.device("cpu"))
-        batch = make_batch(config, model, randomness, "train")
+        batch = make_batch(d, randomness, "train")
         model.zero_grad()
-        losses, _ = accumulate_gradients(
-            config, model, lambda: [batch], 1, 0, one_process, lambda _ci: None
-        )
+        losses, _ = accumulate_gradients(d, lambda: [batch], 1, 0, lambda _ci: None)
         coeffs = coefficients(config, 0)
         return sum(coeffs[name] * value.item() for name, value in losses.items())
 

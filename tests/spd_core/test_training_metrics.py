@@ -13,7 +13,7 @@ from test_distributed import free_port
 from spd_core import distributed
 from spd_core.ci_fns import CausalImportance
 from spd_core.config.metrics import AliveComponentsConfig, CiL0Config
-from spd_core.data.batches import training_batches
+from spd_core.data.batches import Decomposition, training_batches
 from spd_core.distributed import Dist
 from spd_core.metrics import Sums, add, means, over_ranks
 from spd_core.metrics.ci import l0_sums, n_alive, observe_alive
@@ -150,7 +150,7 @@ def test_ci_l0_of_the_first_training_step(make_config, make_run_dir):
     train(config, run_dir, ONE, lambda: False, 1, None)
     model = build_model(config, run_dir.targets, ONE, Console(quiet=True))
     faithfulness_warm_up(config, model)
-    batches, n_micro = training_batches(config, model, 0, ONE)
+    batches, n_micro = training_batches(Decomposition(config, model, ONE), 0)
     lower = [{n: ci.lower.detach().numpy() for n, ci in batch.ci.items()} for batch in batches()]
     assert n_micro == len(lower) == 4
     one, two = (
