@@ -112,7 +112,7 @@ def run(path: str) -> None:
     """
     stop = Stop()
     os.umask(0o002)
-    _check_code()
+    check_code()
     run_dir = RunDir(Path(path))
     config = load_config(run_dir.config_file)
     place = place_from_environment(config.cluster.kind)
@@ -265,7 +265,7 @@ def _report(run_dir: RunDir) -> None:
     print_summary(run_dir)
 
 
-def _check_code() -> None:
+def check_code() -> None:
     """The imported packages are the snapshot's, not what lies in another place of sys.path."""
     import spd_core
 

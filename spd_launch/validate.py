@@ -18,6 +18,7 @@ from spd_core.targets.config import (
     TransformerTargetConfig,
 )
 from spd_launch.errors import LaunchError, nearest
+from spd_launch.steps import check_steps
 
 LLAMA_MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -56,6 +57,7 @@ def validate(values: dict[str, Any]) -> RunConfig:
             lines.setdefault(".".join(path), _line(details, path))
         raise LaunchError("\n       ".join(dict.fromkeys(lines.values()))) from None
     _check_modules(config)
+    check_steps(config.launch.then, config.launch.goal)
     try:
         check_parts(config)
     except ValueError as error:

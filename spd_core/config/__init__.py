@@ -138,6 +138,8 @@ class LaunchConfig(BaseConfig):
     max_parallel: Count | None = Field(description="array tasks at one time; null = no limit")
     snapshot: Literal["copy", "off"]
     max_requeues: Annotated[int, Field(ge=0)]
+    then: list[str] = Field(description="steps that follow the runs, in this order")
+    then_needs: Literal["all", "any"] = Field(description="runs that steps of the launch need")
 
 
 class RunConfig(BaseConfig):
