@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spd_core.components import EmbeddingComponents, LinearComponents
+from spd_core.components import LinearComponents
 from spd_core.config import AnyCiFnConfig, CiFnConfig, CustomCiFnConfig
 from spd_core.parts import load_part
 
@@ -151,7 +151,7 @@ def make_ci_fn(
         case CustomCiFnConfig():
             return load_part("decompose.ci_fn", config, "ci_fn")(C, d_in, generator)
         case CiFnConfig(kind=kind):
-            if isinstance(components, EmbeddingComponents) and kind != "mlp":
+            if components.takes_tokens and kind != "mlp":
                 raise ValueError(
                     f"decompose.ci_fn.kind={kind}: {path!r} is an embedding, whose input is no "
                     "vector; use kind=mlp, or leave it out of decompose.modules"
