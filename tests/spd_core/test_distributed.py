@@ -108,7 +108,7 @@ def rank_main(rank, world, port, configs, run_config, folder, queue):
     dist = distributed.init(rank, world, rank, "127.0.0.1", port, "cpu")
     steps = {name: one_step(config, dist) for name, config in configs.items()}
     flags = [distributed.any_rank(flag, dist) for flag in (rank == world - 1, False)]
-    summed = distributed.all_sum(torch.tensor([rank + 1.0]), dist).item()
+    summed = distributed.all_reduce("sum", torch.tensor([rank + 1.0]), dist).item()
     outcome = stopping_run(run_config, dist, folder)
     distributed.barrier(dist)
     distributed.shutdown()
@@ -195,9 +195,8 @@ def test_one_process_needs_no_group():
     assert dist == Dist(0, 1, CPU) and dist.is_main
     assert not torch.distributed.is_initialized()
     x = torch.tensor([2.0], requires_grad=True)
-    assert (
-        distributed.all_sum(x, dist).item() == 2.0 and distributed.all_sum_with_grad(x, dist) is x
-    )
+    assert distributed.all_reduce("sum", x, dist).item() == 2.0
+    assert distributed.all_sum_with_grad(x, dist) is x
     assert [distributed.any_rank(f, dist) for f in (True, False)] == [True, False]
 
 
