@@ -21,11 +21,12 @@ from typing import Any
 import yaml
 
 from spd_core.config import RunConfig, config_digest, config_to_yaml, load_config
-from spd_core.run_dir import RunDir, Status, read_status, write_atomic, write_status
+from spd_core.run_dir import RunDir, write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, make_plan, shape
+from spd_launch.run_record import Status, read_status, write_status
 from spd_launch.snapshot import drop_snapshot
 
 ERROR = "error.txt"  # in a run's folder

@@ -18,7 +18,7 @@ from spd_core.distributed import Dist
 from spd_core.evaluate import due_metrics, evaluate
 from spd_core.losses import prepare_step
 from spd_core.randomness import StepRandomness, stream
-from spd_core.run_dir import RunDir, read_metrics, read_status
+from spd_core.run_dir import RunDir, read_metrics
 from spd_core.step import accumulate_gradients, optimisation_step
 from spd_core.targets.tms import TMS
 from spd_core.train import build_optimizer, train
@@ -92,15 +92,8 @@ def uneven_step(config, dist):
 
 def stopping_run(config, dist, folder):
     """Only the last rank is asked to stop, after three steps; all must."""
-    asked = iter(range(1, 100))
-    return train(
-        config,
-        RunDir(folder),
-        dist,
-        lambda: next(asked) >= 3 and dist.rank == dist.world_size - 1,
-        1,
-        None,
-    )
+    last = dist.rank == dist.world_size - 1
+    return train(config, RunDir(folder), dist, lambda step: last and step >= 3)
 
 
 def rank_main(rank, world, port, configs, run_config, folder, queue):
@@ -180,10 +173,10 @@ def test_ranks_compute_what_one_process_computes(world, make_config, make_run_di
         for name, step in steps.items():
             assert step["uneven"]["sources"] == answers[0][0][name]["uneven"]["sources"]
     # A run that several ranks began is continued by one, and is the run of one process.
-    assert read_status(run_dir).step == 3 == newest_valid_checkpoint(run_dir)[1]
-    train(run_config, run_dir, one_process, lambda: False, 2, None)
+    assert newest_valid_checkpoint(run_dir)[1] == 3
+    train(run_config, run_dir, one_process, lambda _step: False)
     alone = make_run_dir("alone")
-    train(run_config, alone, one_process, lambda: False, 1, None)
+    train(run_config, alone, one_process, lambda _step: False)
     for got, wanted in zip(read_metrics(run_dir), read_metrics(alone), strict=True):
         timed = {k for k in wanted if k in ("time", "examples_per_s") or "cost" in k}
         for key in wanted.keys() - timed:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from launch_configs import SMALL
 
-from spd_core.run_dir import RunDir, Status, read_metrics, read_status
+from spd_core.run_dir import RunDir, read_metrics
+from spd_launch.run_record import Status, read_status
 
 ROOT = Path(__file__).parent.parent.parent
 RUN = ["+experiment=tms_5-2", "cluster=local", *SMALL]
