@@ -9,8 +9,8 @@ from spd_core.config.losses import PGDConfig
 from spd_core.data.batches import Batch, Batches
 from spd_core.distributed import Dist, over_ranks
 from spd_core.losses.distance import LossParts
-from spd_core.losses.recon import Routes, Routing, draw_routes, masked_distance, total
-from spd_core.masks import Sources, masks_from_sources
+from spd_core.losses.recon import masked_distance, total
+from spd_core.masks import Routes, Routing, Sources, draw_routes, masks_from_sources
 
 
 def pgd_recon(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from spd_core.component_model import Cache, ComponentModel, MaskInfo, expand_patterns
+from spd_core.data.batches import Batch
 from spd_core.masks import stochastic_masks
 from spd_core.randomness import StepRandomness
 
@@ -360,8 +361,9 @@ def test_stochastic_masks_train_every_module_of_a_transformer(decompose):
     assert {name: c.upper.shape for name, c in ci.items()} == {
         name: (*TOKENS.shape, c.C) for name, c in model.components.items()
     }
-    stream = StepRandomness(0, 0, 0, 1, 2, torch.device("cpu")).batch_stream("masks")
-    masks = stochastic_masks(ci, "continuous", True, dict.fromkeys(ci), stream)
+    randomness = StepRandomness(0, 0, 0, 1, 2, torch.device("cpu"))
+    batch = Batch(TOKENS, TOKENS, inputs, ci, randomness, {})
+    masks = stochastic_masks(model, batch, dict.fromkeys(ci), "masks")
     model.run_masked(TOKENS, masks).square().sum().backward()
     assert all(p.grad is not None for p in model.trained_parameters().values())
 
