@@ -14,7 +14,7 @@ from spd_core.config import BaseConfig
 
 
 class RunDir:
-    """The folder `runs/RUN_ID` of one run, and every path in it."""
+    """The folder `runs/RUN_ID` of one run, every path in it, and the stores that runs share."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -25,8 +25,8 @@ class RunDir:
         self.report_file = path / "report.html"
         self.figures = path / "figures"
         self.checkpoints = path / "checkpoints"
-        # The store of trained targets is shared by all runs of the same out_dir.
         self.targets = path.parent.parent / "targets"
+        self.data = path.parent.parent / "data"
 
 
 class Status(BaseConfig):

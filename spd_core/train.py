@@ -108,15 +108,15 @@ def train(
 
 
 def _train(run: Run) -> Outcome:
-    config, console = run.config, Console(quiet=not run.dist.is_main)
+    config, dist, console = run.config, run.dist, Console(quiet=not run.dist.is_main)
     check_parts(config)
-    model = build_model(config, run.run_dir.targets, run.dist, console)
+    model = build_model(config, run.run_dir.targets, dist, console)
     check_metrics(config, model)
     ago = never_important(config.eval.metrics.alive_components, model)
-    training = Training(config, model, run.dist, build_optimizer(config, model), ago)
+    training = Training(config, model, dist, run.run_dir.data, build_optimizer(config, model), ago)
     _start(run, training, console)
     run.write_status("running")
-    tracked = run.run_dir if run.dist.is_main else None
+    tracked = run.run_dir if dist.is_main else None
     if tracked is not None:
         write_environment(tracked)
         truncate_metrics(tracked, run.step)
