@@ -266,14 +266,15 @@ def test_steps_add_up_and_end_at_zero_and_one(scope, init, start, n_steps, make_
 
 
 class Twins:
-    """Stands for all_sum over two ranks that hold the same batch, and counts its calls."""
+    """Stands for over_ranks of two ranks that hold the same batch, and counts its calls."""
 
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, tensor, _dist):
+    def __call__(self, op, parts, _dist):
+        assert op == "sum"
         self.calls += 1
-        return 2 * tensor
+        return {name: 2 * part for name, part in parts.items()}
 
 
 @pytest.mark.parametrize("scope, calls", [(UNIQUE, 0), (SHARED, 5)])
@@ -281,13 +282,13 @@ class Twins:
 def test_shared_sources_cost_one_collective_per_step_and_unique_ones_none(
     name, scope, calls, make_config, adversary, monkeypatch
 ):
-    all_sum = Twins()
-    monkeypatch.setattr(pgd, "all_sum", all_sum)
+    over_ranks = Twins()
+    monkeypatch.setattr(pgd, "over_ranks", over_ranks)
     model = parallel(make_config, True)
     two = Dist(rank=1, world_size=2, device=CPU)
     batch = batch_of(model, torch.randn(4, 1))
     adversary(name, scope, "random", model, batch, n_steps=5, dist=two)
-    assert all_sum.calls == calls
+    assert over_ranks.calls == calls
 
 
 @pytest.mark.parametrize("routing", ["uniform_k_subset", "static_probability,p:0.5"])
