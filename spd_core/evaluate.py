@@ -53,7 +53,7 @@ def evaluate(
     Every rank calls it; values are whole on each, figures are drawn by rank 0.
     """
     dist, position = d.dist, step / d.config.train.steps
-    at = Evaluation(d.config, d.model, dist, position, positions_ago)
+    at = Evaluation(d.config, d.model, dist, d.data, position, positions_ago)
     sums: dict[str, Sums] = {name: {} for name in metrics}
     result: dict[str, float] = {}
     cost: dict[str, float] = defaultdict(float)

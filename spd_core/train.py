@@ -73,7 +73,7 @@ def train(
     model = build_model(config, run_dir.targets, dist, console)
     check_metrics(config, model)
     ago = never_important(config.eval.metrics.alive_components, model)
-    t = Training(config, model, dist, build_optimizer(config, model), ago)
+    t = Training(config, model, dist, run_dir.data, build_optimizer(config, model), ago)
     first = _start(t, run_dir, console)
     if dist.is_main:
         truncate_metrics(run_dir, first)

@@ -64,13 +64,13 @@ def one_step(config, dist):
     """Losses, gradients and metrics of one step, from the same weights in every process."""
     model = fresh_model(config)
     optimizer = build_optimizer(config, model)
-    d = Decomposition(config, model, dist)
+    d = Decomposition(config, model, dist, None)
     step = optimisation_step(d, optimizer, 2, lambda _ci: None)
     values = {"losses": step.losses, "total": step.total, "norms": step.grad_norms}
     values["gradients"] = gradients_of(model)
     due = due_metrics(config, config.train.steps)
     metrics = evaluate(
-        Decomposition(config, fresh_model(config), dist), 2, due, None, 1.0, Path("unused")
+        Decomposition(config, fresh_model(config), dist, None), 2, due, None, 1.0, Path("unused")
     )
     return values | {
         "metrics": {k: torch.tensor(v) for k, v in metrics.items() if "cost" not in k},
@@ -82,7 +82,7 @@ def uneven_step(config, dist):
     """Losses, gradients and shared sources where ranks hold unequal numbers of examples."""
     model = fresh_model(config)
     randomness = Uneven(config.seed, 2, dist.rank, dist.world_size, 12, CPU)
-    d = Decomposition(config, model, dist)
+    d = Decomposition(config, model, dist, None)
     batch = make_batch(d, randomness, "test")
     losses, _ = accumulate_gradients(d, lambda: [batch], 1, 2, lambda _ci: None)
     distributed.sum_gradients(model.trained_parameters().values(), dist)

@@ -95,7 +95,7 @@ def adversary(make_config, one_process):
             )
             all_batches = [batch] if batches is None else batches
             step = prepare_step(
-                Decomposition(None, model, dist), {name: config}, lambda: all_batches, 1, 0.0
+                Decomposition(None, model, dist, None), {name: config}, lambda: all_batches, 1, 0.0
             )
             sum_, count = loss_parts(name, config, batch, step)
         return found[0], sum_ / count
@@ -212,7 +212,9 @@ def test_the_worst_loss_is_above_the_stochastic_one(name, make_config, tms_model
     batch = Batch(x, target_out, inputs, ci, StepRandomness(0, 0, 0, 1, 16, CPU), {})
     stochastic = name.replace("pgd", "stochastic")
     losses = {n: loss_config(make_config, n, "{kind:uniform_k_subset}") for n in (name, stochastic)}
-    step = prepare_step(Decomposition(None, model, one_process), losses, lambda: [batch], 1, 0.0)
+    step = prepare_step(
+        Decomposition(None, model, one_process, None), losses, lambda: [batch], 1, 0.0
+    )
     parts = {n: loss_parts(n, config, batch, step) for n, config in losses.items()}
     values = {n: sum_ / count for n, (sum_, count) in parts.items()}
     assert values[name] > 1.5 * values[stochastic]
@@ -303,7 +305,7 @@ def test_routes_are_drawn_once(scope, routing, make_config, one_process, monkeyp
     name, options = "pgd_recon_subset", {"scope": scope, "n_steps": 3}
     config = loss_config(make_config, name, f"{{kind:{routing}}}", **options)
     step = prepare_step(
-        Decomposition(None, model, one_process), {name: config}, lambda: [batch], 1, 0.0
+        Decomposition(None, model, one_process, None), {name: config}, lambda: [batch], 1, 0.0
     )
     loss_parts(name, config, batch, step)
     assert len(seen) == 4 and all(torch.equal(routes, seen[0]) for routes in seen)
@@ -363,7 +365,9 @@ def test_every_form_is_a_metric(make_config, tms_model, one_process, tmp_path):
         f"+eval.metrics.pgd_recon_subset={{{search},routing:{{kind:uniform_k_subset}}}}",
     )
     due = due_metrics(config, 3)
-    values = evaluate(Decomposition(config, tms_model(), one_process), 3, due, None, 1.0, tmp_path)
+    values = evaluate(
+        Decomposition(config, tms_model(), one_process, None), 3, due, None, 1.0, tmp_path
+    )
     assert all(values[f"eval/{name}"] > 0 for name in NAMES)
 
 

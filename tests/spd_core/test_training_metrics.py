@@ -150,7 +150,7 @@ def test_ci_l0_of_the_first_training_step(make_config, make_run_dir):
     train(config, run_dir, ONE, lambda _step: False)
     model = build_model(config, run_dir.targets, ONE, Console(quiet=True))
     faithfulness_warm_up(config, model)
-    batches, n_micro = training_batches(Decomposition(config, model, ONE), 0)
+    batches, n_micro = training_batches(Decomposition(config, model, ONE, None), 0)
     lower = [{n: ci.lower.detach().numpy() for n, ci in batch.ci.items()} for batch in batches()]
     assert n_micro == len(lower) == 4
     one, two = (
