@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from spd_core.config import RunConfig
 from spd_core.run_dir import append_metrics
 from spd_launch.compose import PACKAGE_ROOT, compose
+from spd_launch.config import JobConfig
 from spd_launch.errors import exit_with
 from spd_launch.ledger import LaunchDir, new_launch, note_jobs, read_rows, record
 from spd_launch.run_record import Status, write_status
@@ -54,7 +54,7 @@ def make_launch(out_dir: Path, n_runs: int, n_records: int) -> LaunchDir:
     ]  # fmt: skip
     values = compose(arguments, multirun=False)[0].values
     first = validate(values)
-    runs: list[tuple[dict[str, str], RunConfig]] = [
+    runs: list[tuple[dict[str, str], JobConfig]] = [
         ({"seed": str(seed)}, first.model_copy(update={"seed": seed})) for seed in range(n_runs)
     ]
     plan, launch = new_launch(runs)

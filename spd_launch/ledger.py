@@ -25,6 +25,7 @@ from spd_core.config import RunConfig, config_digest, config_to_yaml, load_confi
 from spd_core.run_dir import RunDir, write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
+from spd_launch.config import JobConfig, run_config
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, make_plan, shape
 from spd_launch.run_record import Status, read_status, write_status
@@ -78,7 +79,7 @@ class LaunchDir:
         )
 
 
-def new_launch(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> tuple[LaunchPlan, LaunchDir]:
+def new_launch(runs: Sequence[tuple[dict[str, str], JobConfig]]) -> tuple[LaunchPlan, LaunchDir]:
     """Plan under a name that nobody has, and claim it with its folders.
 
     Raises:
@@ -101,7 +102,7 @@ def new_launch(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> tuple[Launch
     raise RuntimeError(f"no free launch name in {out_dir} after 100 tries")
 
 
-def stored_targets(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> set[str]:
+def stored_targets(runs: Sequence[tuple[dict[str, str], JobConfig]]) -> set[str]:
     """The names of those targets of the runs that are trained already."""
     store = runs[0][1].launch.out_dir / "targets"
     names = {target_name(config) for _, config in runs}
@@ -137,7 +138,10 @@ def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
 
 
 def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str | None) -> None:
-    """Write what is launched, and every run's frozen config: all before the first submission."""
+    """Write what is launched, and every run's frozen config: all before the first submission.
+
+    A run's folder says what is trained; where and how it runs stands in the launch's own.
+    """
     info = {
         "launch_id": plan.launch_id,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -153,9 +157,9 @@ def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str |
     }
     for task in plan.tasks:
         run_dir = launch.run_dir(task.run_id)
-        write_atomic(run_dir.config_file, config_to_yaml(task.config))
+        write_atomic(run_dir.config_file, config_to_yaml(run_config(task.config)))
         write_status(run_dir, pending(n_steps(task.config)))
-    differences = varying([flat(task.config) for task in plan.tasks])
+    differences = varying([flat(run_config(task.config)) for task in plan.tasks])
     rows = [_row(task, values) for task, values in zip(plan.tasks, differences, strict=True)]
     write_atomic(launch.tasks_file, "".join(json.dumps(row) + "\n" for row in rows))
     write_atomic(launch.plan_file, json.dumps(describe(plan), indent=1) + "\n")
@@ -168,15 +172,17 @@ def _row(task: Task, varies: dict[str, Any]) -> dict[str, Any]:
         "run_id": task.run_id,
         "overrides": task.overrides,
         "after": task.after,
-        "digest": config_digest(task.config),
+        "digest": config_digest(run_config(task.config)),
         "goal": task.goal,
         "target": target_name(task.config),
         "varies": varies,
+        "cluster": task.config.cluster.model_dump(mode="json"),
+        "launch": task.config.launch.model_dump(mode="json"),
     }
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Dotted name -> value, of all that may change a result: without `cluster` and `launch`."""
+    """Dotted name -> value."""
 
     def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in values.items():
@@ -185,7 +191,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
             else:
                 yield prefix + key, value
 
-    return dict(walk(config.model_dump(mode="json", exclude={"cluster", "launch"}), ""))
+    return dict(walk(config.model_dump(mode="json"), ""))
 
 
 def varying(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -217,10 +223,9 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
 def mark(folder: RunDir, state: str) -> None:
     """Set the state of a run, or a step, from outside; step and attempt stay."""
     old = read_status(folder)
-    if old is None:
+    if old is None:  # a step that has not started
         folder.path.mkdir(parents=True, exist_ok=True)
-        runs = folder.config_file.exists()
-        old = pending(n_steps(load_config(folder.config_file)) if runs else 1)
+        old = pending(1)
     write_status(folder, Status.model_validate({**old.model_dump(), "state": state}))
 
 
@@ -236,7 +241,7 @@ def read_error(run_dir: RunDir) -> str:
     return " ".join(file.read_text().split()) if file.exists() else ""
 
 
-def n_steps(config: RunConfig) -> int:
+def n_steps(config: JobConfig) -> int:
     """The steps of what this run trains: a decomposition or a target."""
     if config.launch.goal == "decomposition":
         return config.train.steps
@@ -290,14 +295,15 @@ def read_rows(launch: LaunchDir) -> list[Row]:
 
 def read_task_rows(launch: LaunchDir) -> list[Row]:
     """The runs of a launch, then the targets that it trains."""
-    rows = []
-    for line in launch.tasks_file.read_text().splitlines():
-        row = json.loads(line)
-        rows.append(Row(
-            row["index"], row["run_id"], row["overrides"], row["after"], row["goal"],
-            row["target"], row["varies"],
-        ))  # fmt: skip
-    return rows
+    return [
+        Row(line["index"], line["run_id"], line["overrides"], line["after"], line["goal"],
+            line["target"], line["varies"])
+        for line in _lines(launch)
+    ]  # fmt: skip
+
+
+def _lines(launch: LaunchDir) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in launch.tasks_file.read_text().splitlines()]
 
 
 def read_tasks(launch: LaunchDir) -> list[Task]:
@@ -311,17 +317,34 @@ def load_tasks(launch: LaunchDir, rows: Sequence[Row]) -> list[Task]:
     Raises:
         LaunchError: a run's folder is gone, or its config is of another version.
     """
-    tasks = []
-    for row in rows:
-        file = launch.run_dir(row.name).config_file
-        try:
-            config = load_config(file)
-        except ValueError as error:
-            raise LaunchError(f"{file} cannot be read: {error}") from None
-        size = shape(config.cluster, config.dp)
-        task = Task(row.index, row.name, row.overrides, config, *size, row.after, row.goal)
-        tasks.append(task)
-    return tasks
+    names = {row.name for row in rows}
+    return [_read_task(launch, line) for line in _lines(launch) if line["run_id"] in names]
+
+
+def read_task(launch: LaunchDir, run_id: str) -> Task:
+    """One task, without the configs of the others.
+
+    Raises:
+        LaunchError: as `read_tasks`, or there is no such run.
+    """
+    for line in _lines(launch):
+        if line["run_id"] == run_id:
+            return _read_task(launch, line)
+    raise LaunchError(f"no run {run_id!r} in {launch.tasks_file}")
+
+
+def _read_task(launch: LaunchDir, line: dict[str, Any]) -> Task:
+    file = launch.run_dir(line["run_id"]).config_file
+    try:
+        values = dict(load_config(file)) | {key: line[key] for key in ("cluster", "launch")}
+        config = JobConfig.model_validate(values)
+    except ValueError as error:
+        raise LaunchError(f"{file} cannot be read: {error}") from None
+    size = shape(config.cluster, config.dp)
+    return Task(
+        line["index"], line["run_id"], line["overrides"], config, *size, line["after"],
+        line["goal"],
+    )  # fmt: skip
 
 
 def default_out_dir() -> Path:

@@ -41,13 +41,11 @@ def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int
 
 
 def _run_one(launch: LaunchDir, task: Task, python_path: Path, job_id: str) -> int:
-    command = ["spd_launch.task", str(launch.run_dir(task.run_id).path)]
-    if task.goal in STEPS:
-        command = ["spd_launch.then", str(launch.path), task.run_id]
+    module = "spd_launch.then" if task.goal in STEPS else "spd_launch.task"
     dp = task.nodes * task.tasks_per_node
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [sys.executable, "-m", module, str(launch.path), task.run_id],
             env={
                 **os.environ,
                 **rank_environment(task.config.cluster, python_path),

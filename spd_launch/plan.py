@@ -12,9 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from spd_core.config import ClusterConfig, RunConfig, config_digest
+from spd_core.config import config_digest
 from spd_core.targets.config import TransformerTargetConfig
 from spd_core.targets.store import target_name
+from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError
 from spd_launch.steps import Row
 
@@ -34,7 +35,7 @@ class Task:
     index: int
     run_id: str
     overrides: dict[str, str]
-    config: RunConfig
+    config: JobConfig
     nodes: int
     tasks_per_node: int
     after: str | None
@@ -66,7 +67,7 @@ class LaunchPlan:
 
 
 def make_plan(
-    runs: Sequence[tuple[dict[str, str], RunConfig]],
+    runs: Sequence[tuple[dict[str, str], JobConfig]],
     stamp: str,
     suffix: str,
     stored: Collection[str],
@@ -102,10 +103,10 @@ def make_plan(
 
 
 def missing_targets(
-    runs: Sequence[tuple[dict[str, str], RunConfig]], stored: Collection[str]
-) -> dict[str, RunConfig]:
+    runs: Sequence[tuple[dict[str, str], JobConfig]], stored: Collection[str]
+) -> dict[str, JobConfig]:
     """Name -> how the launch trains it first, with the resources of the first run that needs it."""
-    targets: dict[str, RunConfig] = {}
+    targets: dict[str, JobConfig] = {}
     for _, config in runs:
         goal, name = config.launch.goal, target_name(config)
         if goal == "target" and config.target.kind == "custom":
@@ -117,7 +118,7 @@ def missing_targets(
     return targets
 
 
-def _target_run(config: RunConfig) -> RunConfig:
+def _target_run(config: JobConfig) -> JobConfig:
     """Language models are trained by as many processes as decompose them, toys by one."""
     launch = config.launch.model_copy(update={"goal": "target"})
     if not isinstance(config.target, TransformerTargetConfig):
@@ -144,7 +145,7 @@ def group(tasks: Sequence[Task]) -> tuple[Array, ...]:
     )
 
 
-def step_tasks(rows: Sequence[Row], configs: Mapping[str, RunConfig]) -> list[Task]:
+def step_tasks(rows: Sequence[Row], configs: Mapping[str, JobConfig]) -> list[Task]:
     """Steps as tasks of one process; `configs` has those of their runs, and first the first's."""
     return [
         Task(row.index, row.name, {}, config, 1, 1, row.after, row.goal)
@@ -218,7 +219,7 @@ def shape(cluster: ClusterConfig, dp: int) -> tuple[int, int]:
     )
 
 
-def run_ids(runs: Sequence[tuple[dict[str, str], RunConfig]], suffix: str) -> list[str]:
+def run_ids(runs: Sequence[tuple[dict[str, str], JobConfig]], suffix: str) -> list[str]:
     """A name for each run: experiment, seed, the overrides that vary, the launch's suffix."""
     names = []
     varying = _varying([overrides for overrides, _ in runs])

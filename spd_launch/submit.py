@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spd_core.config import ClusterConfig, config_digest
+from spd_core.config import config_digest
 from spd_launch import slurm_state, task, then
 from spd_launch.compose import template_folders
+from spd_launch.config import ClusterConfig
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.ledger import LaunchDir, latest_jobs, note_jobs, read_info, read_rows
 from spd_launch.plan import Array, Task, group, step_arrays
@@ -107,12 +108,8 @@ def _send(
         )
         names = [t.run_id for t in array.tasks]
         with redirect_stderr(io.StringIO()):  # submitit prints what it also raises
-            if array.tasks[0].goal in STEPS:
-                sent = executor.map_array(then.run, [str(launch.path)] * len(names), names)
-            else:
-                sent = executor.map_array(
-                    task.run, [str(launch.run_dir(name).path) for name in names]
-                )
+            function = then.run if array.tasks[0].goal in STEPS else task.run
+            sent = executor.map_array(function, [str(launch.path)] * len(names), names)
     except (FailedJobError, FailedSubmissionError) as error:
         raise LaunchError(_in_slurms_words(str(error), array.cluster)) from None
     jobs = {name: job.job_id for name, job in zip(names, sent, strict=True)}
