@@ -29,9 +29,14 @@ def final_metrics(run_dir: RunDir) -> dict[str, float]:
 
 
 def metric_tables(run_dir: RunDir) -> Tables:
-    """The last evaluation: a row per module, one per loss, and a table for each other metric."""
+    """The last evaluation of training, as `tables_of` arranges it."""
+    return tables_of(final_metrics(run_dir))
+
+
+def tables_of(values: dict[str, float]) -> Tables:
+    """An evaluation: a row per module, one per loss, and a table for each other metric."""
     tables: Tables = {"module": {}, "loss": {}}
-    for key, value in final_metrics(run_dir).items():
+    for key, value in values.items():
         match key.split("/"):
             case ["eval", "loss", name] | ["eval", name]:
                 title, row, column = "loss", name, "value"
