@@ -12,6 +12,7 @@ import os
 import resource
 import statistics
 import time
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,11 +21,13 @@ from torch.multiprocessing.spawn import spawn
 from spd_core import distributed
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig, config_digest
+from spd_core.data.batches import Decomposition
 from spd_core.randomness import stream
 from spd_core.step import optimisation_step
 from spd_core.targets.train_target import untrained_target
 from spd_core.train import build_optimizer
 from spd_launch.compose import compose
+from spd_launch.config import run_config
 from spd_launch.ports import free_port
 from spd_launch.task import MALLOC
 from spd_launch.validate import validate
@@ -45,8 +48,9 @@ def main() -> None:
     if arguments.batch is not None:
         overrides.append(f"train.batch_size={arguments.batch}")
     overrides.append(f"dp={arguments.dp}")
-    config = validate(compose(overrides, multirun=False)[0].values)
-    shared = (config, arguments.steps, arguments.device, arguments.threads, free_port("step", 0))
+    job = validate(compose(overrides, multirun=False)[0].values)
+    config, data, port = run_config(job), job.launch.out_dir / "data", free_port("step", 0)
+    shared = (config, data, arguments.steps, arguments.device, arguments.threads, port)
     os.environ.update(MALLOC)  # read as a process starts, so one rank is a process of its own too
     spawn(run_rank, shared, nprocs=arguments.dp)
 
@@ -54,6 +58,7 @@ def main() -> None:
 def run_rank(
     rank: int,
     config: RunConfig,
+    data: Path,
     steps: int,
     device: Literal["cpu", "cuda"],
     n_threads: int,
@@ -62,24 +67,26 @@ def run_rank(
     """Measure on one rank; rank 0 prints the JSON line."""
     torch.set_num_threads(n_threads)
     dist = distributed.init(rank, config.dp, rank, "127.0.0.1", port, device)
-    result = measure(config, steps, dist)
+    result = measure(config, data, steps, dist)
     if dist.is_main:
         print(json.dumps(result))
     distributed.shutdown()
 
 
-def measure(config: RunConfig, steps: int, dist: distributed.Dist) -> dict[str, float | int | str]:
+def measure(
+    config: RunConfig, data: Path, steps: int, dist: distributed.Dist
+) -> dict[str, float | int | str]:
     """Times of the step on a random target of the experiment's shape."""
-    target = untrained_target(config, stream(0, "benchmark", device=torch.device("cpu")))
+    target = untrained_target(config, data, stream(0, "benchmark", device=torch.device("cpu")))
     model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
-    optimizer = build_optimizer(config, model)
+    optimizer, d = build_optimizer(config, model), Decomposition(config, model, dist, data)
     for step in range(N_WARMUP):
-        optimisation_step(config, model, optimizer, dist, step, lambda _ci: None)
+        optimisation_step(d, optimizer, step, lambda _ci: None)
     seconds = []
     for step in range(N_WARMUP, N_WARMUP + steps):
         _synchronise(dist)
         started = time.perf_counter()
-        optimisation_step(config, model, optimizer, dist, step, lambda _ci: None)
+        optimisation_step(d, optimizer, step, lambda _ci: None)
         _synchronise(dist)
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds)

@@ -15,7 +15,7 @@ from statistics import mean
 from spd_analysis.report import CAPTIONS
 from spd_analysis.summary import environment, metric_tables, verdict
 from spd_core.config import RunConfig, load_config
-from spd_core.run_dir import RunDir, read_metrics, read_status, write_atomic
+from spd_core.run_dir import RunDir, read_metrics, write_atomic
 
 FIGURES = ("permuted_ci_plots", "uv_plots", "ci_histograms")
 COLUMNS = ("identity_ci_error", "mmcs", "ml2r")
@@ -34,8 +34,8 @@ def write_gallery(runs: list[RunDir], page: Path) -> None:
     """
     by_experiment: dict[str, dict[int, RunDir]] = {}
     for run_dir in runs:
-        config, status = load_config(run_dir.config_file), read_status(run_dir)
-        if status is None or status.state != "finished":
+        config, records = load_config(run_dir.config_file), read_metrics(run_dir)
+        if not records or records[-1]["step"] != config.train.steps:
             raise ValueError(f"{run_dir.path} has not finished: python -m spd_launch.status")
         seeds = by_experiment.setdefault(config.experiment, {})
         if config.seed in seeds:

@@ -16,12 +16,12 @@ from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.config import metrics as options
 from spd_core.config.losses import AnyLossConfig
-from spd_core.data.batches import Batch, autocast, make_batch, n_features
-from spd_core.distributed import Dist, all_sum, synchronise
+from spd_core.data.batches import Batch, Decomposition, make_batch, n_features
+from spd_core.distributed import over_ranks, synchronise
 from spd_core.losses import loss_parts, prepare_step
 from spd_core.losses.distance import LossParts
-from spd_core.losses.pgd import pgd_recon, shared_sources
-from spd_core.metrics import Sums, add, ci, matching, means, outputs, over_ranks
+from spd_core.losses.pgd import pgd_recon, worst_sources
+from spd_core.metrics import Sums, add, ci, matching, means, outputs
 from spd_core.metrics.solutions import identity_ci_error, mmcs_ml2r, single_feature_ci
 from spd_core.parts import load_part
 from spd_core.randomness import StepRandomness
@@ -41,20 +41,19 @@ def due_metrics(config: RunConfig, step: int) -> dict[str, options.MetricConfig]
 # no_grad and not inference_mode: an adversarial loss needs gradients inside evaluation.
 @torch.no_grad()
 def evaluate(
-    config: RunConfig,
-    model: ComponentModel,
+    d: Decomposition,
     step: int,
     metrics: dict[str, options.MetricConfig],
     positions_ago: ci.PositionsAgo,
     step_s: float,
-    dist: Dist,
     figures: Path,
 ) -> dict[str, float]:
     """The given metrics as `eval/...`, and their cost in seconds and in training steps.
 
     Every rank calls it; values are whole on each, figures are drawn by rank 0.
     """
-    at = Evaluation(config, model, step / config.train.steps, positions_ago, dist)
+    dist, position = d.dist, step / d.config.train.steps
+    at = Evaluation(d.config, d.model, dist, d.data, position, positions_ago)
     sums: dict[str, Sums] = {name: {} for name in metrics}
     result: dict[str, float] = {}
     cost: dict[str, float] = defaultdict(float)
@@ -67,8 +66,8 @@ def evaluate(
         synchronise(dist.device)
         cost[name] += time.perf_counter() - started
 
-    with autocast(config, dist.device):
-        for i in range(config.eval.steps):
+    with d.autocast():
+        for i in range(d.config.eval.steps):
             with timed("batches"):
                 batch = at.batch(i, "eval")
             for name, metric in metrics.items():
@@ -76,7 +75,7 @@ def evaluate(
                     add(sums[name], _sums(name, metric, at, batch))
         for name, metric in metrics.items():
             with timed(name):
-                total = over_ranks(all_sum, {k: s.double() for k, s in sums[name].items()}, dist)
+                total = over_ranks("sum", {k: s.double() for k, s in sums[name].items()}, dist)
                 match metric:
                     case options.FigureConfig() | options.CustomMetricConfig(kind="figure"):
                         if dist.is_main:
@@ -128,26 +127,22 @@ def _problems(o: options.MetricConfig, names: list[str]) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Decomposition):
     """What every metric may look at; `position` in training goes from 0 to 1."""
 
-    config: RunConfig
-    model: ComponentModel
     position: float
     positions_ago: ci.PositionsAgo
-    dist: Dist
 
     def batch(self, i: int, purpose: str) -> Batch:
         """Batch i of an evaluation; each evaluation sees the same ones, so that values compare."""
         rank, n_ranks, device = self.dist.rank, self.dist.world_size, self.dist.device
         seed, size = self.config.seed, self.config.eval.batch_size
         randomness = StepRandomness(seed, i, rank, n_ranks, size, device, phase="eval")
-        return make_batch(self.config, self.model, randomness, purpose)
+        return make_batch(self, randomness, purpose)
 
     def losses(self, losses: dict[str, AnyLossConfig], batch: Batch) -> Sums:
-        step = prepare_step(losses, self.model, lambda: [batch], 1, self.position, self.dist)
-        parts = {n: loss_parts(n, loss, self.model, batch, step) for n, loss in losses.items()}
-        return self.pairs(parts)
+        step = prepare_step(self, losses, lambda: [batch], 1, self.position)
+        return self.pairs({n: loss_parts(n, loss, batch, step) for n, loss in losses.items()})
 
     def pairs(self, parts: dict[str, LossParts]) -> Sums:
         """(sum, count) in double; a metric of the user's own may give plain numbers."""
@@ -163,12 +158,12 @@ class Evaluation:
         def batches() -> Iterator[Batch]:
             return (self.batch(i, name) for i in range(search.n_batches))
 
-        sources = shared_sources(self.model, batches, search, search.routing, name, self.dist)
+        sources = worst_sources(self.model, batches, search, search.routing, name, self.dist)
         sums: Sums = {}
         for batch in batches():
             parts = pgd_recon(self.model, batch, sources, search.routing, name)
             add(sums, self.pairs({name: parts}))
-        return means(over_ranks(all_sum, sums, self.dist))
+        return means(over_ranks("sum", sums, self.dist))
 
 
 def _sums(name: str, o: Any, at: Evaluation, batch: Batch) -> Sums:

@@ -1,20 +1,17 @@
-"""Every path of a run, its status, and the one way files are written: whole or not at all."""
+"""Every path of a run, its metrics, and the one way files are written: whole or not at all."""
 
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 from uuid import uuid4
-
-from spd_core.config import BaseConfig
 
 
 class RunDir:
-    """The folder `runs/RUN_ID` of one run, and every path in it."""
+    """The folder `runs/RUN_ID` of one run, every path in it, and the stores that runs share."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -25,18 +22,8 @@ class RunDir:
         self.report_file = path / "report.html"
         self.figures = path / "figures"
         self.checkpoints = path / "checkpoints"
-        # The store of trained targets is shared by all runs of the same out_dir.
         self.targets = path.parent.parent / "targets"
-
-
-class Status(BaseConfig):
-    state: Literal["pending", "running", "stopped", "finished", "failed", "cancelled"]
-    step: int
-    steps: int
-    heartbeat: float
-    attempt: int
-    job_id: str | None
-    host: str
+        self.data = path.parent.parent / "data"
 
 
 @contextmanager
@@ -69,17 +56,6 @@ def _fsync(path: Path) -> None:
 def write_atomic(path: Path, text: str) -> None:
     with written_whole(path) as temporary:
         temporary.write_text(text)
-
-
-def read_status(run_dir: RunDir) -> Status | None:
-    """The run's status, or None before it started."""
-    with suppress(FileNotFoundError):
-        return Status.model_validate_json(run_dir.status_file.read_text())
-    return None
-
-
-def write_status(run_dir: RunDir, status: Status) -> None:
-    write_atomic(run_dir.status_file, status.model_dump_json() + "\n")
 
 
 def append_metrics(run_dir: RunDir, record: dict[str, float | int | str]) -> None:

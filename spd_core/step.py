@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from spd_core import distributed
 from spd_core.ci_fns import CausalImportance
-from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.config.losses import ImportanceMinimalityConfig
-from spd_core.data.batches import Batches, autocast, training_batches
-from spd_core.distributed import Dist
+from spd_core.data.batches import Batches, Decomposition, training_batches
 from spd_core.losses import loss_parts, prepare_step
 from spd_core.schedule import annealed_p, coefficient, schedule_value
 
@@ -38,43 +36,32 @@ class StepResult:
 
 
 def optimisation_step(
-    config: RunConfig,
-    model: ComponentModel,
-    optimizer: torch.optim.AdamW,
-    dist: Dist,
-    step: int,
-    observe: ObserveCi,
+    d: Decomposition, optimizer: torch.optim.AdamW, step: int, observe: ObserveCi
 ) -> StepResult:
     """Step number `step` (0-based); `observe` sees the importances of every microbatch.
 
     Losses are over all ranks and microbatches, norms over the whole gradient before clipping.
     """
     optimizer.zero_grad(set_to_none=True)
-    with autocast(config, dist.device):
-        batches, n_micro = training_batches(config, model, step, dist)
-    losses, n_positions = accumulate_gradients(config, model, batches, n_micro, step, dist, observe)
-    distributed.sum_gradients(model.trained_parameters().values(), dist)
-    clip = config.train.grad_clip
+    with d.autocast():
+        batches, n_micro = training_batches(d, step)
+    losses, n_positions = accumulate_gradients(d, batches, n_micro, step, observe)
+    distributed.sum_gradients(d.model.trained_parameters().values(), d.dist)
+    train, clip = d.config.train, d.config.train.grad_clip
     norms = {
-        "components": _clip(model.component_parameters(), clip.components),
-        "ci_fns": _clip(model.ci_fn_parameters(), clip.ci_fns),
+        "components": _clip(d.model.component_parameters(), clip.components),
+        "ci_fns": _clip(d.model.ci_fn_parameters(), clip.ci_fns),
     }
     for group in optimizer.param_groups:
-        group["lr"] = schedule_value(config.train.lr, step, config.train.steps)
+        group["lr"] = schedule_value(train.lr, step, train.steps)
     optimizer.step()
-    coeffs = coefficients(config, step)
+    coeffs = coefficients(d.config, step)
     total = torch.stack([coeffs[name] * loss for name, loss in losses.items()]).sum()
-    return StepResult(losses, total, norms, n_positions * dist.world_size)
+    return StepResult(losses, total, norms, n_positions * d.dist.world_size)
 
 
 def accumulate_gradients(
-    config: RunConfig,
-    model: ComponentModel,
-    batches: Batches,
-    n_micro: int,
-    step: int,
-    dist: Dist,
-    observe: ObserveCi,
+    d: Decomposition, batches: Batches, n_micro: int, step: int, observe: ObserveCi
 ) -> tuple[dict[str, Float[Tensor, ""]], int]:
     """Add this rank's gradient of the weighted losses to `.grad`.
 
@@ -83,17 +70,17 @@ def accumulate_gradients(
     Raises:
         ValueError: a loss has another count in one microbatch than in another.
     """
-    losses, coeffs = config.losses.configured(), coefficients(config, step)
-    with autocast(config, dist.device):
-        whole = prepare_step(losses, model, batches, n_micro, step / config.train.steps, dist)
+    losses, coeffs = d.config.losses.configured(), coefficients(d.config, step)
+    with d.autocast():
+        whole = prepare_step(d, losses, batches, n_micro, step / d.config.train.steps)
     totals, n_positions, counts = [], 0, dict[str, int]()
     # Nothing of a microbatch but its gradient outlives its turn.
     parts_of_batch = iter(batches())
     for _ in range(n_micro):
-        with autocast(config, dist.device):
+        with d.autocast():
             batch = next(parts_of_batch)
             observe(batch.ci)
-            parts = {n: loss_parts(n, loss, model, batch, whole) for n, loss in losses.items()}
+            parts = {n: loss_parts(n, loss, batch, whole) for n, loss in losses.items()}
         for name, (_, count) in parts.items():
             if counts.setdefault(name, count) != count:
                 raise ValueError(
@@ -102,7 +89,7 @@ def accumulate_gradients(
                 )
         sums = torch.stack([sum_ for sum_, _ in parts.values()])
         both = torch.stack([sums.detach(), sums.new_tensor([float(n) for n in counts.values()])])
-        both = distributed.all_sum(both, dist)
+        both = distributed.all_reduce("sum", both, d.dist)
         weights = sums.new_tensor([coeffs[name] / n_micro for name in losses])
         (sums * weights / both[1]).sum().backward()
         totals.append(both)

@@ -1,18 +1,13 @@
 """What a run tells the world while it works: metrics.jsonl, and a progress bar."""
 
-import json
-import platform
-import sys
 import time
-from pathlib import Path
 from typing import Self
 
-import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from spd_core.config import RunConfig
-from spd_core.run_dir import RunDir, append_metrics, write_atomic
+from spd_core.run_dir import RunDir, append_metrics
 
 
 class Tracker:
@@ -55,18 +50,3 @@ class Tracker:
     def _at(self, step: int) -> str:
         rate = (step - self.first_step) / max(time.monotonic() - self.started, 1e-9)
         return f"step {step}/{self.steps}  {rate:.0f} steps/s"
-
-
-def write_environment(run_dir: RunDir) -> None:
-    """Record what the run ran on: versions, machine, command and commit."""
-    record = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "host": platform.node(),
-        "n_threads": torch.get_num_threads(),
-        "command": sys.argv,
-        "code": str(Path(__file__).parent.parent),
-    }
-    write_atomic(run_dir.env_file, json.dumps(record, indent=2) + "\n")

@@ -1,6 +1,5 @@
 """The training loop: from a config to a trained decomposition."""
 
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,19 +13,17 @@ from spd_core import checkpoint, distributed
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
-from spd_core.distributed import Dist, all_min, all_sum
+from spd_core.data.batches import Decomposition
+from spd_core.distributed import Dist, over_ranks
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
 from spd_core.losses.faithfulness import faithfulness
-from spd_core.metrics import Sums, add, means, over_ranks
+from spd_core.metrics import Sums, add, means
 from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
 from spd_core.parts import check_parts
-from spd_core.run_dir import RunDir, Status, truncate_metrics, write_status
+from spd_core.run_dir import RunDir, truncate_metrics
 from spd_core.step import optimisation_step, schedules
 from spd_core.targets.train_target import load_or_train_target
-from spd_core.tracking import Tracker, write_environment
-
-HEARTBEAT_S = 10.0
-Outcome = Literal["finished", "stopped"]
+from spd_core.tracking import Tracker
 
 
 def build_model(config: RunConfig, targets: Path, dist: Dist, console: Console) -> ComponentModel:
@@ -51,106 +48,68 @@ def build_optimizer(config: RunConfig, model: ComponentModel) -> torch.optim.Ada
     )
 
 
-@dataclass
-class Run:
-    """One run on this rank; `step` is where it stands, also when it fails."""
-
-    config: RunConfig
-    run_dir: RunDir
-    dist: Dist
-    should_stop: Callable[[], bool]
-    attempt: int
-    job_id: str | None
-    step: int = 0
-
-    def write_status(self, state: Literal["running", "stopped", "finished", "failed"]) -> None:
-        if self.dist.is_main:
-            fields = {"state": state, "step": self.step, "steps": self.config.train.steps}
-            fields |= {"attempt": self.attempt, "job_id": self.job_id}
-            fields |= {"host": socket.gethostname(), "heartbeat": time.time()}
-            write_status(self.run_dir, Status.model_validate(fields))
-
-
 @dataclass(frozen=True)
-class Training:
-    """What changes from step to step."""
+class Training(Decomposition):
+    """A decomposition with all that changes from step to step."""
 
-    model: ComponentModel
     optimizer: torch.optim.AdamW
     positions_ago: PositionsAgo
 
 
 def train(
-    config: RunConfig,
-    run_dir: RunDir,
-    dist: Dist,
-    should_stop: Callable[[], bool],
-    attempt: int,
-    job_id: str | None,
-) -> Outcome:
+    config: RunConfig, run_dir: RunDir, dist: Dist, after_step: Callable[[int], bool]
+) -> Literal["finished", "stopped"]:
     """Run, or continue, one decomposition; every rank calls this.
 
-    Continues from the newest valid checkpoint. `should_stop` is asked on every rank after each
-    step; where one says yes, all save together and the result is "stopped".
+    Continues from the newest valid checkpoint. `after_step` is told on every rank how many steps
+    are done; where one says yes, all save together and the result is "stopped".
 
     Raises:
         ValueError: the config does not fit the target.
         FloatingPointError: a loss is not finite at a logged step.
     """
-    run = Run(config, run_dir, dist, should_stop, attempt, job_id)
-    run.write_status("running")
-    try:
-        return _train(run)
-    except BaseException:
-        # Whatever ended the run, its status must say so; the error itself goes on.
-        run.write_status("failed")
-        raise
-
-
-def _train(run: Run) -> Outcome:
-    config, console = run.config, Console(quiet=not run.dist.is_main)
+    console = Console(quiet=not dist.is_main)
     check_parts(config)
-    model = build_model(config, run.run_dir.targets, run.dist, console)
+    model = build_model(config, run_dir.targets, dist, console)
     check_metrics(config, model)
     ago = never_important(config.eval.metrics.alive_components, model)
-    training = Training(model, build_optimizer(config, model), ago)
-    _start(run, training, console)
-    run.write_status("running")
-    tracked = run.run_dir if run.dist.is_main else None
-    if tracked is not None:
-        write_environment(tracked)
-        truncate_metrics(tracked, run.step)
-    with Tracker(config, tracked, console, run.step) as tracker:
-        return _loop(run, training, tracker)
+    t = Training(config, model, dist, run_dir.data, build_optimizer(config, model), ago)
+    first = _start(t, run_dir, console)
+    if dist.is_main:
+        truncate_metrics(run_dir, first)
+    with Tracker(config, run_dir if dist.is_main else None, console, first) as tracker:
+        return _loop(t, run_dir, tracker, first, after_step)
 
 
-def _start(run: Run, t: Training, console: Console) -> None:
+def _start(t: Training, run_dir: RunDir, console: Console) -> int:
     """Continue from the newest valid checkpoint, else start with the faithfulness warm-up.
 
-    What rank 0 found holds for all: a slow network file system may show others something else.
+    Returns the number of steps done. What rank 0 found holds for all: a slow network file system
+    may show others something else.
     """
-    step = torch.tensor(0, device=run.dist.device)
-    if run.dist.is_main and checkpoint.checkpoint_steps(run.run_dir):
-        _, newest, damaged = checkpoint.newest_valid_checkpoint(run.run_dir)
-        step.fill_(newest)
+    newest = torch.tensor(0, device=t.dist.device)
+    if t.dist.is_main and checkpoint.checkpoint_steps(run_dir):
+        _, found, damaged = checkpoint.newest_valid_checkpoint(run_dir)
+        newest.fill_(found)
         for folder, problem in damaged.items():
             console.print(f"[yellow]{problem}: set aside", soft_wrap=True)
             checkpoint.set_aside(folder)
-    distributed.broadcast(step, run.dist)
-    run.step = int(step)
-    if run.step == 0:
-        faithfulness_warm_up(run.config, t.model)
+    distributed.broadcast(newest, t.dist)
+    step = int(newest)
+    if step == 0:
+        faithfulness_warm_up(t.config, t.model)
     else:
-        folder = run.run_dir.checkpoints / f"step_{run.step}"
+        folder = run_dir.checkpoints / f"step_{step}"
         extra = checkpoint.load_checkpoint(folder, t.model, t.optimizer)
         for key in t.positions_ago.keys() & extra.keys():  # none if the metric was off until now
             t.positions_ago[key].copy_(extra[key])
-        console.print(f"continuing from step {run.step} ({folder})", soft_wrap=True)
+        console.print(f"continuing from step {step} ({folder})", soft_wrap=True)
     state = [*t.positions_ago.values()]
     for parameter in t.model.trained_parameters().values():
         state += [parameter.data, *t.optimizer.state[parameter].values()]
     for tensor in state:
-        distributed.broadcast(tensor, run.dist)
+        distributed.broadcast(tensor, t.dist)
+    return step
 
 
 def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
@@ -166,8 +125,10 @@ def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
         optimizer.step()
 
 
-def _loop(run: Run, t: Training, tracker: Tracker) -> Outcome:
-    config, dist, steps = run.config, run.dist, run.config.train.steps
+def _loop(
+    t: Training, run_dir: RunDir, tracker: Tracker, step: int, after_step: Callable[[int], bool]
+) -> Literal["finished", "stopped"]:
+    config, dist, steps = t.config, t.dist, t.config.train.steps
     alive, l0 = config.eval.metrics.alive_components, config.eval.metrics.ci_l0
     l0_of_step: Sums = {}
 
@@ -177,12 +138,12 @@ def _loop(run: Run, t: Training, tracker: Tracker) -> Outcome:
         if l0 is not None and logged:
             add(l0_of_step, l0_sums(ci, l0))
 
-    timed_from, started, heartbeat = run.step, time.perf_counter(), time.monotonic()
-    while run.step < steps:
+    timed_from, started = step, time.perf_counter()
+    while step < steps:
         # ---- one optimisation step; from then on `step` counts the steps done
-        logged = (run.step + 1) % config.track.log_every == 0 or run.step + 1 in (1, steps)
-        result = optimisation_step(config, t.model, t.optimizer, dist, run.step, observe)
-        step = run.step = run.step + 1
+        logged = (step + 1) % config.track.log_every == 0 or step + 1 in (1, steps)
+        result = optimisation_step(t, t.optimizer, step, observe)
+        step += 1
         due = due_metrics(config, step)
 
         # ---- rare events
@@ -190,35 +151,29 @@ def _loop(run: Run, t: Training, tracker: Tracker) -> Outcome:
             distributed.synchronise(dist.device)
             step_s = (time.perf_counter() - started) / (step - timed_from)  # of training alone
             if logged:
-                values = result.values() | means(over_ranks(all_sum, l0_of_step, dist))
+                values = result.values() | means(over_ranks("sum", l0_of_step, dist))
                 l0_of_step.clear()
                 _check_finite(values, step)
                 unit = "tokens" if result.n_positions > config.train.batch_size else "examples"
                 values[f"{unit}_per_s"] = result.n_positions / step_s
                 tracker.log(step, values | schedules(config, step - 1))
             if due:
-                figures, ago = run.run_dir.figures / f"step_{step}", t.positions_ago
-                values = evaluate(config, t.model, step, due, ago, step_s, dist, figures)
-                tracker.log(step, values)
-        stopping = distributed.any_rank(run.should_stop(), dist)
+                figures = run_dir.figures / f"step_{step}"
+                tracker.log(step, evaluate(t, step, due, t.positions_ago, step_s, figures))
+        stopping = distributed.any_rank(after_step(step), dist)
         saving = stopping or step % config.checkpoint.every_steps == 0 or step == steps
         if saving:
             _check_finite({n: norm.item() for n, norm in result.grad_norms.items()}, step)
-            extra = over_ranks(all_min, t.positions_ago, dist)
+            extra = over_ranks("min", t.positions_ago, dist)
             if dist.is_main:
                 keep = config.checkpoint.keep
-                checkpoint.save_checkpoint(run.run_dir, step, t.model, t.optimizer, extra, keep)
+                checkpoint.save_checkpoint(run_dir, step, t.model, t.optimizer, extra, keep)
             distributed.barrier(dist)
         if logged or due or saving:
             timed_from, started = step, time.perf_counter()
         tracker.advance(step)
         if stopping and step < steps:
-            run.write_status("stopped")
             return "stopped"
-        if time.monotonic() - heartbeat > HEARTBEAT_S:
-            heartbeat = time.monotonic()
-            run.write_status("running")
-    run.write_status("finished")
     return "finished"
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spd_core.run_dir import Status, read_status
 from spd_launch import ledger, slurm_state
 from spd_launch.ledger import LaunchDir
 from spd_launch.plan import Task
+from spd_launch.run_record import Status, read_status
 
 DONE = ("finished", "failed", "cancelled")
 

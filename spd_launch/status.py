@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spd_core.run_dir import read_status
 from spd_core.targets.store import read_record
 from spd_launch import ledger
 from spd_launch.errors import exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed, observe, parser
+from spd_launch.run_record import read_status
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,6 +1,6 @@
 """What one rank does, on a node or here: environment, meeting, signals, then the training core.
 
-    python -m spd_launch.task RUN_DIR        one local rank (RANK, WORLD_SIZE, LOCAL_RANK)
+    python -m spd_launch.task LAUNCH_DIR RUN_ID     one local rank (RANK, WORLD_SIZE, LOCAL_RANK)
 
 On Slurm, submitit calls `run` in each task of a job. Signals:
 USR2 (the time limit is near)      save together, then rank 0 requeues the job.
@@ -19,16 +19,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 
-from spd_core.config import ClusterConfig, RunConfig, load_config
-from spd_core.run_dir import RunDir, Status, read_status, write_status
+from spd_core.run_dir import RunDir
+from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError, exit_with
-from spd_launch.ledger import mark, mark_failed, n_steps
+from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_task
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
+from spd_launch.run_record import Progress, read_status, write_environment
 from spd_launch.upload import uploading
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ STOPPED = 130  # exit code of a local run that was asked to stop
 # Else glibc gives the memory of every large tensor back to the kernel, which fills each page of the
 # next one with zeros: half the time of a toy model's step.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-HEARTBEAT_S = 10.0
+AfterStep = Callable[[int], bool]
 
 
 def rank_environment(cluster: ClusterConfig, python_path: Path) -> dict[str, str]:
@@ -103,16 +105,16 @@ class Stop:
         return self.signal is not None
 
 
-def run(path: str) -> None:
-    """Train what the run in this folder asks for, from its newest checkpoint if it has one.
+def run(launch_dir: str, run_id: str) -> None:
+    """Train what this run of the launch asks for, from its newest checkpoint if it has one.
 
     An exception marks the run failed and leaves the process with a non-zero code.
     """
     stop = Stop()
     os.umask(0o002)
     _check_code()
-    run_dir = RunDir(Path(path))
-    config = load_config(run_dir.config_file)
+    launch = LaunchDir(Path(launch_dir))
+    run_dir, config = launch.run_dir(run_id), read_task(launch, run_id).config
     place = place_from_environment(config.cluster.kind)
     _end_with_launcher(config.cluster)
     lock = _lock(run_dir) if place.rank == 0 else None
@@ -168,7 +170,7 @@ def _end_with_launcher(cluster: ClusterConfig) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
+def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
     from spd_core import distributed
     from spd_launch.peers import watching
 
@@ -177,11 +179,23 @@ def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
         place.rank, place.world_size, place.local_rank,
         meeting.address, meeting.port, _device(config, place),
     )  # fmt: skip
-    goals = {"decomposition": _decompose, "target": _train_target}
+    if dist.is_main:
+        write_environment(run_dir)
+    written = run_dir if dist.is_main else None
+    progress = Progress(written, n_steps(config), meeting.attempt, place.job_id)
+    progress.write("running")
+
+    def after_step(step: int) -> bool:
+        progress.at(step)
+        return stop()
+
+    train = {"decomposition": _decompose, "target": _train_target}[config.launch.goal]
     with watching(dist, meeting.address, lambda: mark(run_dir, "failed")):
-        outcome = goals[config.launch.goal](
-            config, run_dir, dist, stop, meeting.attempt, place.job_id
-        )
+        try:
+            outcome = train(config, run_dir, dist, progress, after_step)
+        except BaseException:
+            progress.write("failed")
+            raise
         distributed.barrier(dist)  # srun --wait ends a job a minute after its first rank left
     if outcome == "finished":
         distributed.shutdown()
@@ -189,54 +203,35 @@ def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
 
 
 def _decompose(
-    config: RunConfig, run_dir: RunDir, dist: "Dist", stop: Stop, attempt: int, job_id: str
+    config: JobConfig, run_dir: RunDir, dist: "Dist", progress: Progress, after_step: AfterStep
 ) -> Literal["finished", "stopped"]:
     from spd_core.train import train
 
     with uploading(config, run_dir) if dist.is_main else nullcontext():
-        outcome = train(config, run_dir, dist, stop, attempt, job_id)
+        outcome = train(config, run_dir, dist, after_step)
+        progress.write(outcome)
     if outcome == "finished" and dist.is_main:
         _report(run_dir)
     return outcome
 
 
 def _train_target(
-    config: RunConfig, run_dir: RunDir, dist: "Dist", stop: Stop, attempt: int, job_id: str
+    config: JobConfig, run_dir: RunDir, dist: "Dist", progress: Progress, after_step: AfterStep
 ) -> Literal["finished", "stopped"]:
     from rich.console import Console
 
     from spd_core.targets.train_target import target_folder, train_target
 
-    step, written = 0, 0.0
-
-    def write(state: Literal["running", "finished", "stopped"]) -> None:
-        nonlocal written
-        written = time.monotonic()
-        if dist.is_main:
-            now, host, steps = time.time(), socket.gethostname(), n_steps(config)
-            write_status(run_dir, Status(
-                state=state, step=step, steps=steps, heartbeat=now, attempt=attempt,
-                job_id=job_id, host=host,
-            ))  # fmt: skip
-
-    def after_step(done: int) -> bool:
-        nonlocal step
-        step = done
-        if time.monotonic() - written > HEARTBEAT_S:
-            write("running")
-        return stop()
-
-    write("running")
     console = Console(quiet=not dist.is_main)
     outcome = train_target(config, run_dir.targets, dist, console, after_step)
     if outcome == "finished":
-        step = n_steps(config)
+        progress.at(n_steps(config))
         console.print(f"the target is in {target_folder(config, run_dir.targets)}", soft_wrap=True)
-    write(outcome)
+    progress.write(outcome)
     return outcome
 
 
-def _device(config: RunConfig, place: Place) -> Literal["auto", "cpu", "cuda"]:
+def _device(config: JobConfig, place: Place) -> Literal["auto", "cpu", "cuda"]:
     """What `auto` means here: on Slurm what the profile asks for; locally a GPU for each rank."""
     if config.train.device != "auto":
         return config.train.device
@@ -280,7 +275,7 @@ def _check_code() -> None:
             raise RuntimeError(f"{file} was imported, which is not in the launch's code, {code}")
 
 
-def _leave(config: RunConfig, place: Place, stop: Stop) -> NoReturn:
+def _leave(config: JobConfig, place: Place, stop: Stop) -> NoReturn:
     """After a save: wait for Slurm's kill, having asked for another turn if time ran out."""
     if config.cluster.kind == "local":
         sys.exit(STOPPED)
@@ -304,10 +299,10 @@ def _wait_for_reason(stop: Stop) -> None:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        raise LaunchError("usage: python -m spd_launch.task RUN_DIR")
+    if len(sys.argv) != 3:
+        raise LaunchError("usage: python -m spd_launch.task LAUNCH_DIR RUN_ID")
     try:
-        run(sys.argv[1])
+        run(sys.argv[1], sys.argv[2])
     except ValueError as error:  # the core's word for what a user asked wrongly
         if os.environ.get("SPD_TRACEBACK") == "1":
             raise

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from spd_core.config import RunConfig, load_config
-from spd_core.run_dir import RunDir, read_status
+from spd_core.run_dir import RunDir
 from spd_launch.errors import LaunchError, exit_with
+from spd_launch.run_record import read_status
 
 POLL_S = 1.0
 # Seconds that W&B has in the end; less where a run was told to stop, before its time limit; and

@@ -29,6 +29,24 @@ from spd_core.targets.config import (
 
 
 @dataclass(frozen=True)
+class Decomposition:
+    """What a step or an evaluation works on: this rank's model, and where the rank stands.
+
+    `data` is the folder of tokenised corpora; only text is read from there.
+    """
+
+    config: RunConfig
+    model: ComponentModel
+    dist: Dist
+    data: Path
+
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes: bf16 where it is safe, or float32 throughout."""
+        enabled = self.config.train.autocast == "bf16"
+        return torch.autocast(self.dist.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@dataclass(frozen=True)
 class Batch:
     """The examples of one rank, or of one of its microbatches.
 
@@ -63,7 +81,7 @@ FeatureTarget = TMSTargetConfig | ResidMLPTargetConfig | CustomTargetConfig
 
 
 def draw_examples(
-    config: RunConfig, randomness: StepRandomness, purpose: str
+    config: RunConfig, data: Path, randomness: StepRandomness, purpose: str
 ) -> Float[Tensor, "batch ..."]:
     match config.data:
         case SparseFeatureDataConfig():
@@ -74,18 +92,17 @@ def draw_examples(
             return induction_sequences(config.data, stream)[:, :-1]
         case TextDataConfig():
             split = "eval" if randomness.phase == "eval" else "train"
-            return token_batch(token_data(config.data, config.launch.out_dir), split, randomness)
+            return token_batch(token_data(config.data, data), split, randomness)
 
 
-def token_data(data: TextDataConfig, out_dir: Path) -> TokenData:
+def token_data(config: TextDataConfig, store: Path) -> TokenData:
     """The tokenised corpus, opened once per process."""
-    return _token_data(data.model_dump_json(), out_dir)
+    return _token_data(config.model_dump_json(), store)
 
 
 @cache
-def _token_data(data_json: str, out_dir: Path) -> TokenData:
-    data = TextDataConfig.model_validate_json(data_json)
-    return load_or_tokenise(data, out_dir / "data", Console())
+def _token_data(config_json: str, store: Path) -> TokenData:
+    return load_or_tokenise(TextDataConfig.model_validate_json(config_json), store, Console())
 
 
 def n_features(config: RunConfig) -> int:
@@ -100,11 +117,10 @@ def n_features(config: RunConfig) -> int:
     raise ValueError(f"target.kind={target.kind} has no features (target.n_features)")
 
 
-def make_batch(
-    config: RunConfig, model: ComponentModel, randomness: StepRandomness, purpose: str
-) -> Batch:
+def make_batch(d: Decomposition, randomness: StepRandomness, purpose: str) -> Batch:
     """Examples, the target's output and causal importances of one part of a step."""
-    examples = draw_examples(config, randomness, purpose)
+    config, model = d.config, d.model
+    examples = draw_examples(config, d.data, randomness, purpose)
     target_out, inputs = model.run_target(examples)
     silent = _silent_examples(config, inputs, len(examples))
     if len(silent) < 2:
@@ -149,27 +165,20 @@ def _silent_examples(
     return silent
 
 
-def training_batches(
-    config: RunConfig, model: ComponentModel, step: int, dist: Dist
-) -> tuple[Batches, int]:
+def training_batches(d: Decomposition, step: int) -> tuple[Batches, int]:
     """This rank's microbatches of one step and their number; they are made again at every call.
 
     A single one is kept instead, so that its causal importances are computed once.
     """
-    per_rank = config.train.batch_size // dist.world_size
-    n_micro = per_rank // (config.train.microbatch_size or per_rank)
+    seed, train, dist = d.config.seed, d.config.train, d.dist
+    per_rank = train.batch_size // dist.world_size
+    n_micro = per_rank // (train.microbatch_size or per_rank)
     n_parts = n_micro * dist.world_size
     parts = [
-        StepRandomness(config.seed, step, part, n_parts, config.train.batch_size, dist.device)
+        StepRandomness(seed, step, part, n_parts, train.batch_size, dist.device)
         for part in range(dist.rank * n_micro, (dist.rank + 1) * n_micro)
     ]
     if n_micro == 1:
-        whole = [make_batch(config, model, parts[0], "train")]
+        whole = [make_batch(d, parts[0], "train")]
         return lambda: whole, 1
-    return lambda: (make_batch(config, model, part, "train") for part in parts), n_micro
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The precision of forward passes: bf16 where it is safe, or float32 throughout."""
-    enabled = config.train.autocast == "bf16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    return lambda: (make_batch(d, part, "train") for part in parts), n_micro

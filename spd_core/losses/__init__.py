@@ -9,15 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_core.base_config import CustomConfig
-from spd_core.component_model import ComponentModel
 from spd_core.config import losses as options
-from spd_core.data.batches import Batch, Batches
-from spd_core.distributed import Dist
+from spd_core.data.batches import Batch, Batches, Decomposition
 from spd_core.losses import minimality, pgd
 from spd_core.losses.distance import LossParts
 from spd_core.losses.faithfulness import faithfulness
-from spd_core.losses.recon import Routing, Source, hidden_acts_recon, recon
-from spd_core.masks import Sources
+from spd_core.losses.recon import Source, hidden_acts_recon, recon
+from spd_core.masks import Routing, Sources
 from spd_core.parts import load_part
 from spd_core.schedule import annealed_p
 
@@ -26,48 +24,44 @@ from spd_core.schedule import annealed_p
 class Step:
     """What all microbatches of a step have in common; the dicts are by name of the loss."""
 
+    d: Decomposition
+    n_microbatches: int
     p: dict[str, float]
     power_sums: dict[str, Float[Tensor, "C_total_and_n"]]
     sources: dict[str, Sources]
-    n_microbatches: int
-    dist: Dist
 
 
 @torch.no_grad()
 def prepare_step(
+    d: Decomposition,
     losses: Mapping[str, options.AnyLossConfig],
-    model: ComponentModel,
     batches: Batches,
     n_microbatches: int,
     position: float,
-    dist: Dist,
 ) -> Step:
     """Gather what a loss must know of the whole batch before its first part.
 
     `position` in training, from 0 to 1, sets the annealed p of importance minimality.
     """
-    p, sums, sources = {}, {}, {}
+    step = Step(d, n_microbatches, {}, {}, {})
     for name, loss in losses.items():
         if isinstance(loss, options.ImportanceMinimalityConfig):
-            p[name] = annealed_p(loss, position)
+            p = step.p[name] = annealed_p(loss, position)
             if n_microbatches > 1:
-                sums[name] = sum(minimality.power_sums(batch.ci, p[name]) for batch in batches())
+                parts = [minimality.power_sums(batch.ci, p) for batch in batches()]
+                step.power_sums[name] = torch.stack(parts).sum(0)
         if isinstance(loss, options.PGDReconConfig) and loss.scope == "shared_across_batch":
-            routing = _routing(name, loss)
-            sources[name] = pgd.shared_sources(
-                model, lambda: (b.active or b for b in batches()), loss, routing, name, dist
-            )
-    return Step(p, sums, sources, n_microbatches, dist)
+            routing, active = _routing(name, loss), lambda: (b.active or b for b in batches())
+            step.sources[name] = pgd.worst_sources(d.model, active, loss, routing, name, d.dist)
+    return step
 
 
-def loss_parts(
-    name: str, config: options.AnyLossConfig, model: ComponentModel, batch: Batch, step: Step
-) -> LossParts:
+def loss_parts(name: str, config: options.AnyLossConfig, batch: Batch, step: Step) -> LossParts:
     """One loss on this rank as (sum, count); see `distributed` for how ranks add up.
 
     Of microbatches, the losses are averaged: all have the same number of examples.
     """
-    active = batch.active or batch
+    model, active, routing = step.d.model, batch.active or batch, _routing(name, config)
     match config:
         case options.FaithfulnessConfig():
             return faithfulness(model.components)
@@ -77,21 +71,19 @@ def loss_parts(
                 # The whole batch's value with this part's gradient, scaled because the loss, whole
                 # in every microbatch, is averaged over them.
                 sums = step.power_sums[name] + step.n_microbatches * (sums - sums.detach())
-            return minimality.importance_minimality(sums, config.beta, step.dist)
+            return minimality.importance_minimality(sums, config.beta, step.d.dist)
         case CustomConfig():
             return load_part(f"losses.{name}", config, "loss")(model, batch)
         case options.PGDReconConfig():
-            routing = _routing(name, config)
-            if name in step.sources:
-                sources = step.sources[name]
-            else:
-                sources = pgd.own_sources(model, active, config, routing, name)
+            sources = step.sources.get(name) or pgd.worst_sources(
+                model, lambda: [active], config, routing, name, shared_by=None
+            )
             parts = pgd.pgd_recon(model, active, sources, routing, name)
         case options.ReconConfig() if name == "stochastic_hidden_acts_recon":
             parts = hidden_acts_recon(model, active, name)
         case options.ReconConfig() | options.SubsetReconConfig():
             source = cast(Source, name.split("_recon")[0])
-            parts = recon(model, active, source, _routing(name, config), name)
+            parts = recon(model, active, source, routing, name)
     # Every example counts, also those that add nothing to the sum.
     return parts[0], parts[1] * len(batch.examples) // len(active.examples)
 

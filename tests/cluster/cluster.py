@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from slurm_cluster import wait_for
 
-from spd_core.run_dir import Status, read_status
 from spd_launch.ledger import LaunchDir
 from spd_launch.plan import Task
+from spd_launch.run_record import Status, read_status
 
 SMALL = [
     "+experiment=tms_5-2", "train.steps=20", "train.batch_size=64",

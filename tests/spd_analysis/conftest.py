@@ -2,6 +2,7 @@ import pytest
 
 from spd_core.config import config_to_yaml
 from spd_core.train import train
+from spd_launch.run_record import write_environment
 
 
 @pytest.fixture
@@ -10,7 +11,8 @@ def trained(make_config, make_run_dir, one_process):
         config = make_config(*overrides).model_copy(update=update)
         run_dir = make_run_dir(name)
         run_dir.config_file.write_text(config_to_yaml(config))
-        train(config, run_dir, one_process, lambda: False, 1, None)
+        write_environment(run_dir)
+        train(config, run_dir, one_process, lambda _step: False)
         return run_dir
 
     return make

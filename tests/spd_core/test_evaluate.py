@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from spd_core.data.batches import make_batch
+from spd_core.data.batches import Decomposition, make_batch
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
 from spd_core.randomness import StepRandomness
 
 
 def evaluated(config, model, step, dist, folder):
     """Everything that is due after `step` steps, without what it cost."""
-    got = evaluate(config, model, step, due_metrics(config, step), None, 1.0, dist, folder)
+    got = evaluate(
+        Decomposition(config, model, dist, None), step, due_metrics(config, step), None, 1.0, folder
+    )
     return {key: value for key, value in got.items() if "cost" not in key}
 
 
@@ -20,7 +22,7 @@ def batches(config, model):
         randomness = StepRandomness(
             config.seed, i, 0, 1, config.eval.batch_size, torch.device("cpu"), "eval"
         )
-        yield make_batch(config, model, randomness, "eval")
+        yield make_batch(Decomposition(config, model, None, None), randomness, "eval")
 
 
 def test_metrics_are_means_over_all_examples(make_config, tms_model, one_process, tmp_path):
@@ -100,7 +102,9 @@ def test_the_cost_of_every_metric_is_measured(make_config, tms_model, one_proces
     nap = f"+eval.metrics.nap={{path:{__name__}.napping,kind:metric,when:fast,seconds:0.03}}"
     config = make_config(nap)
     due = due_metrics(config, 3)
-    got = evaluate(config, tms_model(), 3, due, None, 0.25, one_process, tmp_path)
+    got = evaluate(
+        Decomposition(config, tms_model(), one_process, None), 3, due, None, 0.25, tmp_path
+    )
     seconds, steps = (
         {k.removeprefix(kind): v for k, v in got.items() if k.startswith(kind)}
         for kind in ("eval_cost/seconds/", "eval_cost/steps/")
@@ -199,8 +203,8 @@ def test_multibatch_pgd_is_pgd_on_one_big_batch(
     config = make_config(f"+eval.metrics.pgd_multibatch_recon={{{options}}}")
     model, seen = tms_model(), []
 
-    def spy(config, model, randomness, purpose):
-        batch = make_batch(config, model, randomness, purpose)
+    def spy(d, randomness, purpose):
+        batch = make_batch(d, randomness, purpose)
         if purpose != "eval":
             seen.append(batch)
         return batch

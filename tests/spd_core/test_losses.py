@@ -17,7 +17,7 @@ from spd_core.config.losses import (
     SubsetReconConfig,
     UniformKSubsetConfig,
 )
-from spd_core.data.batches import Batch, training_batches
+from spd_core.data.batches import Batch, Decomposition, training_batches
 from spd_core.losses import loss_parts, prepare_step
 from spd_core.losses.distance import distance
 from spd_core.losses.faithfulness import faithfulness
@@ -51,8 +51,9 @@ def loss(name, make_config, model, batch, dist, *overrides):
 
 
 def parts(name, config, model, batch, dist, position=0.0):
-    step = prepare_step({name: config}, model, lambda: [batch], 1, position, dist)
-    return loss_parts(name, config, model, batch, step)
+    d = Decomposition(None, model, dist, None)
+    step = prepare_step(d, {name: config}, lambda: [batch], 1, position)
+    return loss_parts(name, config, batch, step)
 
 
 def to_numpy(tensor):
@@ -481,9 +482,9 @@ def test_examples_without_input_add_nothing(name, options, experiment, one_proce
     """The loss looks at the others alone, and has the value and gradient of all examples."""
     arguments = [f"+experiment={experiment}", "cluster=local", "train.batch_size=200"]
     config = validate(compose(arguments, multirun=False)[0].values)
-    target = untrained_target(config, torch.Generator().manual_seed(0))
+    target = untrained_target(config, None, torch.Generator().manual_seed(0))
     model = ComponentModel(target, config.decompose, 0)
-    (batch,) = training_batches(config, model, 0, one_process)[0]()
+    (batch,) = training_batches(Decomposition(config, model, one_process, None), 0)[0]()
     assert 0 < len(batch.active.examples) < len(batch.examples) == 200
     plain = dataclasses.replace(batch, active=None, own_acts={})
 

@@ -9,7 +9,7 @@ from torch import nn
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config.metrics import ModuleSet
-from spd_core.data.batches import Batch
+from spd_core.data.batches import Batch, Decomposition
 from spd_core.evaluate import check_metrics, evaluate
 from spd_core.metrics import means
 from spd_core.metrics.outputs import ce_and_kl_sums, subset_ce_and_kl_sums
@@ -222,9 +222,8 @@ def test_an_evaluation_of_a_language_model(make_config, one_process, tmp_path, m
         return drawn[-1]
 
     monkeypatch.setattr("spd_core.data.batches.draw_examples", draw)
-    got = evaluate(
-        config, model, 3, config.eval.metrics.configured(), None, 1.0, one_process, tmp_path
-    )
+    d, metrics = Decomposition(config, model, one_process, None), config.eval.metrics.configured()
+    got = evaluate(d, 3, metrics, None, 1.0, tmp_path)
     tokens = torch.cat(drawn)
     assert len(tokens) == 64
     ce = ce_numpy(logits_numpy(model, tokens, {}), tokens) / (64 * (SEQ - 1))

@@ -2,30 +2,12 @@ import threading
 
 import pytest
 
-from spd_core.run_dir import (
-    Status,
-    append_metrics,
-    read_metrics,
-    read_status,
-    truncate_metrics,
-    write_atomic,
-    write_status,
-)
+from spd_core.run_dir import append_metrics, read_metrics, truncate_metrics, write_atomic
 
 
 @pytest.fixture
 def run_dir(make_run_dir):
     return make_run_dir("run")
-
-
-def test_status_round_trip(run_dir):
-    assert read_status(run_dir) is None
-    status = Status(
-        state="running", step=3, steps=9, heartbeat=1.5, attempt=2, job_id="7_1", host="h"
-    )
-    write_status(run_dir, status)
-    assert read_status(run_dir) == status
-    assert [f.name for f in run_dir.path.iterdir()] == ["status.json"]
 
 
 def test_readers_see_whole_files_only(run_dir):

@@ -6,7 +6,7 @@ import torch
 
 from spd_core.config.losses import LossesConfig
 from spd_core.data import batches as batches_module
-from spd_core.data.batches import Batch, training_batches
+from spd_core.data.batches import Batch, Decomposition, training_batches
 from spd_core.evaluate import due_metrics, evaluate
 from spd_core.losses.distance import LossParts
 from spd_core.step import accumulate_gradients, coefficients, optimisation_step
@@ -47,8 +47,9 @@ def ignore(_ci):
 
 def losses_and_gradients(config, model, dist, observe=ignore):
     model.zero_grad()
-    batches, n_micro = training_batches(config, model, STEP, dist)
-    losses, _ = accumulate_gradients(config, model, batches, n_micro, STEP, dist, observe)
+    d = Decomposition(config, model, dist, None)
+    batches, n_micro = training_batches(d, STEP)
+    losses, _ = accumulate_gradients(d, batches, n_micro, STEP, observe)
     return losses, {n: p.grad for n, p in model.trained_parameters().items()}
 
 
@@ -110,7 +111,7 @@ def test_microbatches_of_sequences_change_nothing(
     distance, sampling, make_config, tms_model, one_process, monkeypatch
 ):
     monkeypatch.setattr(
-        batches_module, "draw_examples", lambda _c, r, p: r.batch_stream(p).uniform(3, 5)
+        batches_module, "draw_examples", lambda _c, _d, r, p: r.batch_stream(p).uniform(3, 5)
     )
     options = (f"decompose.sampling={sampling}", f"decompose.distance={distance}")
     model = tms_model("decompose.ci_fn.hidden=[8]", *options)
@@ -193,7 +194,9 @@ def test_coefficients_weigh_losses_and_gradients(make_config, tms_model, one_pro
     assert_same(larger, {n: g if g is None else 4 * g for n, g in gradients.items()})
     model = tms_model()
     optimizer = build_optimizer(scheduled, model)
-    result = optimisation_step(scheduled, model, optimizer, one_process, STEP, ignore)
+    result = optimisation_step(
+        Decomposition(scheduled, model, one_process, None), optimizer, STEP, ignore
+    )
     assert result.total.item() == pytest.approx(4 * losses["stochastic_recon"].item())
 
 
@@ -233,7 +236,16 @@ def test_bf16_autocast_reaches_evaluation_but_not_faithfulness(make_config, tms_
     for autocast in ("off", "bf16"):
         config = make_config(*ON, *LIVELY, f"train.autocast={autocast}")
         due = due_metrics(config, 3)
-        values.append(evaluate(config, tms_model(), 3, due, None, 1.0, one_process, Path("unused")))
+        values.append(
+            evaluate(
+                Decomposition(config, tms_model(), one_process, None),
+                3,
+                due,
+                None,
+                1.0,
+                Path("unused"),
+            )
+        )
     wanted, got = values
     assert got["eval/loss/faithfulness"] == wanted["eval/loss/faithfulness"]
     for name in EVERY_LOSS:

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from spd_core.run_dir import read_metrics
-from spd_core.tracking import Tracker, write_environment
+from spd_core.tracking import Tracker
 
 
 def test_tracker_writes_one_line_per_report(make_config, make_run_dir):
@@ -34,19 +33,7 @@ from spd_core.train import train
 config = RunConfig.model_validate_json({config.model_dump_json()!r})
 run_dir = RunDir(Path({str(run_dir.path)!r}))
 dist = Dist(rank=0, world_size=1, device=torch.device("cpu"))
-assert train(config, run_dir, dist, lambda: False, 1, None) == "finished"
+assert train(config, run_dir, dist, lambda _step: False) == "finished"
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
     assert read_metrics(run_dir)
-
-
-def test_environment(make_run_dir):
-    run_dir = make_run_dir("run")
-    write_environment(run_dir)
-    record = json.loads(run_dir.env_file.read_text())
-    assert Path(record["code"], "spd_core").is_dir() and record["torch"] and record["host"]
-
-
-def test_environment_without_git(make_run_dir, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    write_environment(make_run_dir("run"))
