@@ -30,6 +30,7 @@ from spd_analysis.processes import joined, run_here
 from spd_analysis.summary import columns_of, format_value
 from spd_core.checkpoint import checkpoint_steps, load_model, newest_valid_checkpoint
 from spd_core.config import load_config
+from spd_core.data.batches import Decomposition
 from spd_core.distributed import Dist, barrier
 from spd_core.evaluate import evaluate
 from spd_core.load import LoadedRun, load_run
@@ -75,7 +76,8 @@ def evaluate_run(
             f"--batch-size {options.batch_size} leaves some of {dist.world_size} processes empty"
         )
     config = run.config.model_copy(update={"eval": options})
-    model, checkpoints = run.model.to(dist.device), {}
+    d = Decomposition(config, run.model.to(dist.device), dist, run_dir.data)
+    checkpoints = {}
     folder = run_dir.path / "evals" / name
     for step in at_steps:
         tensors = load_checked(run_dir, step, run)
@@ -85,7 +87,7 @@ def evaluate_run(
         place = folder / f"step_{step}"
         with rewritten(place) if dist.is_main else nullcontext(place) as figures:
             metrics = config.eval.metrics.configured()
-            values = evaluate(config, model, step, metrics, ago, 1.0, dist, figures)
+            values = evaluate(d, step, metrics, ago, 1.0, figures)
         checkpoints[step] = {k: v for k, v in values.items() if not k.startswith("eval_cost/steps")}
     evaluation = Evaluation(
         run_dir.path.name, name, options.batch_size, options.steps, dist.world_size,

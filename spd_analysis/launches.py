@@ -12,11 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from spd_core.config import load_config
 from spd_core.load import find_run
-from spd_core.run_dir import RunDir, read_status, written_whole
+from spd_core.run_dir import RunDir, written_whole
 
-TASKS = "tasks.jsonl"  # what makes a folder that of a launch
+PLAN = "plan.json"  # what makes a folder that of a launch
 
 
 def find_launch(reference: str) -> Path | None:
@@ -27,9 +26,9 @@ def find_launch(reference: str) -> Path | None:
     """
     outputs = Path(os.environ.get("SPD_OUT_DIR", "outputs")).absolute()
     for folder in (Path(reference).absolute(), outputs / "launches" / reference):
-        if (folder / TASKS).is_file():
+        if (folder / PLAN).is_file():
             return folder
-    files = sorted(outputs.glob(f"launches/*/{TASKS}"), key=lambda f: f.stat().st_mtime_ns)
+    files = sorted(outputs.glob(f"launches/*/{PLAN}"), key=lambda f: f.stat().st_mtime_ns)
     launches = [file.parent for file in files]
     if reference == "latest":
         return launches[-1] if launches else None
@@ -42,14 +41,14 @@ def find_launch(reference: str) -> Path | None:
 
 
 def runs_of(launch: Path) -> list[RunDir]:
-    """The decompositions of a launch, in the order of its tasks.
+    """The decompositions of a launch, in the order of its plan.
 
     Raises:
-        ValueError: a run's folder is gone, or the launch only trained targets.
+        ValueError: the launch only trained targets.
     """
-    rows = [json.loads(line) for line in (launch / TASKS).read_text().splitlines()]
-    runs = [RunDir(launch.parent.parent / "runs" / row["run_id"]) for row in rows]
-    runs = [r for r in runs if load_config(r.config_file).launch.goal == "decomposition"]
+    arrays = json.loads((launch / PLAN).read_text())["arrays"]
+    ids = [run_id for a in arrays if a["goal"] == "decomposition" for run_id in a["runs"]]
+    runs = [RunDir(launch.parent.parent / "runs" / run_id) for run_id in ids]
     if not runs:
         raise ValueError(f"{launch} trained targets only: there is no decomposition to look at")
     return runs
@@ -69,6 +68,13 @@ def find_runs(references: Sequence[str]) -> list[RunDir]:
     return list(found.values())
 
 
+def state_of(run_dir: RunDir) -> str:
+    """What the launcher wrote of the run: pending, running, finished, ...; or that it did not."""
+    if not run_dir.status_file.exists():
+        return "not launched"
+    return json.loads(run_dir.status_file.read_text())["state"]
+
+
 def check_checkpoints(runs: Sequence[RunDir]) -> None:
     """Refuse runs that have nothing to load yet.
 
@@ -78,10 +84,7 @@ def check_checkpoints(runs: Sequence[RunDir]) -> None:
     lacking = [run_dir for run_dir in runs if not any(run_dir.checkpoints.glob("step_*"))]
     if not lacking:
         return
-    told = []
-    for run_dir in lacking:
-        status = read_status(run_dir)
-        told.append(f"{run_dir.path} ({'no status' if status is None else status.state})")
+    told = [f"{run_dir.path} ({state_of(run_dir)})" for run_dir in lacking]
     others = [run_dir.path.name for run_dir in runs if run_dir not in lacking]
     advice = f", or give those that have one: {' '.join(others)}" if others else ""
     raise ValueError(

@@ -103,3 +103,13 @@ def print_summary(run_dir: RunDir) -> None:
 
 def environment(run_dir: RunDir) -> dict[str, object]:
     return json.loads(run_dir.env_file.read_text())
+
+
+def short_names(run_ids: list[str]) -> list[str]:
+    """Run ids without the parts, between hyphens, that all of them begin or end with."""
+    parts = [run_id.split("-") for run_id in run_ids]
+    for end in (0, -1):
+        while min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
+            for part in parts:
+                part.pop(end)
+    return ["-".join(part) for part in parts]

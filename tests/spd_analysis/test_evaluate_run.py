@@ -130,7 +130,7 @@ def test_a_run_without_a_checkpoint_ends_with_a_message(trained, command):
     run_dir = trained("run")
     shutil.rmtree(run_dir.checkpoints)
     code, _, err = command(run_dir.path, "--processes", 2)
-    assert code == 2 and err.startswith(f"error: no checkpoint in {run_dir.path} (finished)")
+    assert code == 2 and err.startswith(f"error: no checkpoint in {run_dir.path} (not launched)")
     assert "resume" in err and err.count("\n") == 1
 
 

@@ -19,13 +19,12 @@ def launched(tmp_path, make_config, make_run_dir, monkeypatch):
     monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path))
 
     def make(launch_id, *run_ids, goal="decomposition"):
-        config = make_config(f"launch.goal={goal}")
         folder = tmp_path / "launches" / launch_id
         folder.mkdir(parents=True)
         for run_id in run_ids:
-            make_run_dir(run_id).config_file.write_text(config_to_yaml(config))
-        lines = [json.dumps({"run_id": run_id}) + "\n" for run_id in run_ids]
-        (folder / "tasks.jsonl").write_text("".join(lines))
+            make_run_dir(run_id).config_file.write_text(config_to_yaml(make_config()))
+        plan = {"arrays": [{"goal": goal, "runs": list(run_ids)}]}
+        (folder / "plan.json").write_text(json.dumps(plan))
         return folder
 
     return make
@@ -70,7 +69,7 @@ def test_runs_without_a_checkpoint_are_named_with_the_way_out(launched):
     runs = find_runs(["2026-a"])
     (runs[1].checkpoints / "step_2").mkdir(parents=True)
     check_checkpoints(runs[1:])
-    with pytest.raises(ValueError, match=r"runs/one \(no status\).*resume.*that have one: two"):
+    with pytest.raises(ValueError, match=r"runs/one \(not launched\).*resume.*that have one: two"):
         check_checkpoints(runs)
 
 
