@@ -82,8 +82,8 @@ def evaluate_run(
     for step in at_steps:
         tensors = load_checked(run_dir, step, run)
         # What of the training data was seen as alive; none where the metric is off.
-        ago = {k.removeprefix("extra:"): t.to(dist.device) for k, t in tensors.items()
-               if k.startswith("extra:alive:")}  # fmt: skip
+        saved = {name: f"extra:{name}" for name in run.model.components}
+        ago = {n: tensors[key].to(dist.device) for n, key in saved.items() if key in tensors}
         place = folder / f"step_{step}"
         with rewritten(place) if dist.is_main else nullcontext(place) as figures:
             metrics = config.eval.metrics.configured()

@@ -12,13 +12,13 @@ import sys
 import time
 import torch
 from spd_analysis.processes import joined
-from spd_core.distributed import all_sum
+from spd_core.distributed import all_reduce
 
 with joined("cpu") as dist:
     if "fail" in sys.argv:
         time.sleep(0 if dist.rank else 60)
         sys.exit(7)
-    total = all_sum(torch.tensor(10.0 ** dist.rank), dist)
+    total = all_reduce("sum", torch.tensor(10.0 ** dist.rank), dist)
     print(f"rank {dist.rank} of {dist.world_size} got {int(total)}", flush=True)
 """
 
