@@ -130,7 +130,7 @@ class ClusterConfig(BaseConfig):
 
 class LaunchConfig(BaseConfig):
     out_dir: Path
-    name: str | None = Field(description="name of the launch; null = the experiment's")
+    name: str | None = Field(description="name of the launch; null = the sweep or experiment")
     goal: Literal["decomposition", "target"] = Field(
         description="target = only put the target into the store, where runs find it"
     )
