@@ -1,4 +1,4 @@
-"""Composed values -> RunConfig, with errors that name the field, the value and the nearest name."""
+"""Composed values -> JobConfig, with errors that name the field, the value and the nearest name."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -19,6 +19,7 @@ from spd_core.targets.config import (
     TransformerTargetConfig,
 )
 from spd_launch.compose import Composed, as_typed
+from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError, nearest
 
 LLAMA_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -43,7 +44,7 @@ def known_modules(target: TargetConfig) -> list[str]:
             return []
 
 
-def validate_all(composed: Sequence[Composed]) -> list[tuple[dict[str, str], RunConfig]]:
+def validate_all(composed: Sequence[Composed]) -> list[tuple[dict[str, str], JobConfig]]:
     """Each run's overrides and config; nothing is sent while one run is wrong.
 
     Raises:
@@ -66,16 +67,16 @@ def validate_all(composed: Sequence[Composed]) -> list[tuple[dict[str, str], Run
     return runs
 
 
-def validate(values: dict[str, Any]) -> RunConfig:
+def validate(values: dict[str, Any]) -> JobConfig:
     """Check one run before anything is sent.
 
     Raises:
         LaunchError: one line per wrong field.
     """
     try:
-        config = RunConfig.model_validate(values)
+        config = JobConfig.model_validate(values)
     except ValidationError as error:
-        raise LaunchError(problems(error, values, RunConfig)) from None
+        raise LaunchError(problems(error, values, JobConfig)) from None
     _check_modules(config)
     try:
         check_parts(config)

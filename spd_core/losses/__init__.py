@@ -14,8 +14,8 @@ from spd_core.data.batches import Batch, Batches, Decomposition
 from spd_core.losses import minimality, pgd
 from spd_core.losses.distance import LossParts
 from spd_core.losses.faithfulness import faithfulness
-from spd_core.losses.recon import Routing, Source, hidden_acts_recon, recon
-from spd_core.masks import Sources
+from spd_core.losses.recon import Source, hidden_acts_recon, recon
+from spd_core.masks import Routing, Sources
 from spd_core.parts import load_part
 from spd_core.schedule import annealed_p
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config.metrics import AliveComponentsConfig, CiL0Config
-from spd_core.distributed import Dist, all_min
-from spd_core.metrics import matching, over_ranks
+from spd_core.distributed import Dist, over_ranks
+from spd_core.metrics import matching
 
 N_BINS = 50
 RANGES = {"lower": (0.0, 1.0), "upper": (0.0, 1.1), "pre_sigmoid": (-3.0, 3.0)}
@@ -86,7 +86,7 @@ def observe_alive(
 
 def n_alive(ago: PositionsAgo, config: AliveComponentsConfig, dist: Dist) -> dict[str, float]:
     """Subcomponents that were important on any rank in the last `n_examples` positions of all."""
-    alive = {k: a < config.n_examples for k, a in over_ranks(all_min, ago, dist).items()}
+    alive = {k: a < config.n_examples for k, a in over_ranks("min", ago, dist).items()}
     return {key.removeprefix("alive:"): float(a.sum()) for key, a in alive.items()}
 
 

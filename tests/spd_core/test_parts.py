@@ -89,7 +89,7 @@ def test_the_page_as_it_stands(trained, one_process):
     assert {type(f).__name__ for f in model.ci_fns.values()} == {"Size"}
     assert model.ci_fns["linear1"].slope.mean().item() == pytest.approx(2, abs=0.2)
     faithfulness_warm_up(config, model)
-    batches, _ = training_batches(Decomposition(config, model, one_process), 0)
+    batches, _ = training_batches(Decomposition(config, model, one_process, None), 0)
     ci = np.concatenate(
         [c.lower.detach().numpy() for batch in batches() for c in batch.ci.values()], 1
     )
