@@ -15,6 +15,7 @@ from spd_launch.compose import (
     compose,
     default_cluster,
     experiment_names,
+    sweep_names,
 )
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.steps import STEPS
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
   python -m spd_launch +experiment=tms_5-2 cluster=local train.steps=500
   python -m spd_launch +experiment=tms_5-2 cluster=cpu dp=16          2 nodes x 8 tasks
   python -m spd_launch -m +experiment=tms_5-2 seed=0,1,2              three runs, one job array
+  python -m spd_launch +sweep=NAME                            the runs of sweeps/NAME.yaml
   python -m spd_launch +experiment=tms_5-2 launch.dry_run=true        what would be done
   python -m spd_launch +experiment=tms_5-2 launch.goal=target         only train the target
   python -m spd_launch +experiment=tms_5-2 --cfg job                  the composed config
@@ -39,9 +41,9 @@ def main() -> int:
         # Look for a user's own parts where the run will: not in the current folder.
         sys.path[0] = str(PACKAGE_ROOT)
     options = _parser().parse_intermixed_args()
-    if not any(o.lstrip("+").startswith("cluster=") for o in options.overrides):
-        print(f"cluster={default_cluster()}: {_why_default()}", file=sys.stderr)
     composed = compose(options.overrides, options.multirun)
+    if any("cluster" not in run.overrides for run in composed):
+        print(f"cluster={default_cluster()}: {_why_default()}", file=sys.stderr)
     if options.cfg:
         return _show_config(composed)
     return launch(composed)
@@ -49,7 +51,8 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     epilog = "\n\n".join([
-        f"experiments: {', '.join(experiment_names())}\nclusters:    {', '.join(cluster_names())}",
+        f"experiments: {', '.join(experiment_names())}\nclusters:    {', '.join(cluster_names())}\n"
+        f"sweeps:      {', '.join(sweep_names())}",
         EXAMPLES,
     ])  # fmt: skip
     parser = argparse.ArgumentParser(
@@ -86,9 +89,9 @@ def launch(composed: list[Composed]) -> int:
     from spd_launch.ledger import all_or_nothing, new_launch, read_rows, record, stored_targets
     from spd_launch.plan import make_plan, step_tasks
     from spd_launch.snapshot import Snapshot, take_snapshot
-    from spd_launch.validate import validate
+    from spd_launch.validate import validate_all
 
-    runs = [(run.overrides, validate(run.values)) for run in composed]
+    runs = validate_all(composed)
     options = runs[0][1].launch
     plan = make_plan(runs, "DRYRUN", "0000", stored_targets(runs))
     if options.dry_run:

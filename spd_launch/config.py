@@ -32,7 +32,7 @@ class ClusterConfig(BaseConfig):
 
 class LaunchConfig(BaseConfig):
     out_dir: Path
-    name: str | None = Field(description="name of the launch; null = the experiment's")
+    name: str | None = Field(description="name of the launch; null = the sweep's or experiment's")
     goal: Literal["decomposition", "target"] = Field(
         description="target = only put the target into the store, where runs find it"
     )

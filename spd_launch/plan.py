@@ -6,6 +6,7 @@ and come after the same target share one job array. Names never depend on a plac
 a resumed run keeps its own.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +20,8 @@ from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError
 from spd_launch.steps import Row
 
-MAX_NAME = 100
+MAX_NAME = 100  # of a run, without the suffix
+MAX_VALUE = 24
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ def make_plan(
     kinds = {config.cluster.kind for _, config in runs}
     if len(kinds) > 1:
         raise LaunchError("one launch runs either here or on Slurm: cluster=local must stand alone")
-    first = runs[0][1]
-    name = clean(first.launch.name or first.experiment)
+    overrides, first = runs[0]
+    name = clean(first.launch.name or overrides.get("sweep") or first.experiment)[:MAX_NAME]
     return LaunchPlan(f"{stamp}-{name}-{suffix}", group(tasks))
 
 
@@ -220,38 +222,61 @@ def shape(cluster: ClusterConfig, dp: int) -> tuple[int, int]:
 
 
 def run_ids(runs: Sequence[tuple[dict[str, str], JobConfig]], suffix: str) -> list[str]:
-    """A name for each run: experiment, seed, the overrides that vary, the launch's suffix."""
+    """A name for each run: experiment, seed, what varies within the experiment, the suffix.
+
+    Where names are long, or meet, a digest of the config takes the place of their end.
+
+    Raises:
+        LaunchError: two runs have the same config.
+    """
+    labels: dict[str, dict[str, str]] = {}
+    for experiment in {config.experiment for _, config in runs}:
+        labels[experiment] = _varying([o for o, c in runs if c.experiment == experiment])
     names = []
-    varying = _varying([overrides for overrides, _ in runs])
     for overrides, config in runs:
+        varying = labels[config.experiment]
         parts = [config.experiment, f"seed{config.seed}"]
-        parts += [f"{label}{overrides.get(key, '')}" for key, label in varying.items()]
+        parts += [label + _short(overrides[k]) for k, label in varying.items() if k in overrides]
         names.append(clean("-".join(parts)))
-    # Cut or cleaned names may meet; equal configs must not.
-    counts = Counter(names)
-    digests = [config_digest(config)[:6] for _, config in runs]
-    names = [n if counts[n] == 1 else f"{n}-{d}" for n, d in zip(names, digests, strict=True)]
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise LaunchError(f"{count} runs of this launch are the same: {name}")
-    return [f"{name}-{suffix}" for name in names]
+    digests = [config_digest(config) for _, config in runs]
+    for (overrides, _), count in zip(runs, map(Counter(digests).get, digests), strict=True):
+        if count != 1:
+            shown = " ".join(f"{key}={value}" for key, value in overrides.items())
+            raise LaunchError(f"{count} runs of this launch are the same: {shown}")
+    counts = Counter(name.lower() for name in names)  # a file system may not see the difference
+    return [
+        f"{name}-{suffix}"
+        if counts[name.lower()] == 1 and len(name) <= MAX_NAME
+        else f"{name[: MAX_NAME - len(digest) - 1]}-{digest}-{suffix}"
+        for name, digest in zip(names, digests, strict=True)
+    ]
 
 
 def _varying(all_overrides: Sequence[dict[str, str]]) -> dict[str, str]:
-    """key -> short label, for the overrides that are not the same in all runs."""
+    """key -> the shortest ending that no other key has, for those not the same in all runs."""
     keys = dict.fromkeys(key for overrides in all_overrides for key in overrides)
-    varying = [
-        key
+    varying = {
+        key: re.findall(r"[^.\[\]]+", key)
         for key in keys
         if key not in ("experiment", "seed") and len({o.get(key) for o in all_overrides}) > 1
-    ]
-    last = Counter(key.split(".")[-1] for key in varying)
-    return {
-        key: ".".join(key.split(".")[-1 if last[key.split(".")[-1]] == 1 else -2 :])
-        for key in varying
     }
+    labels = {}
+    for key, path in varying.items():
+        others = [other for other in varying.values() if other != path]
+        n = next(n for n in range(1, len(path) + 2) if path[-n:] not in [o[-n:] for o in others])
+        labels[key] = ".".join(path[-n:])
+    return labels
+
+
+def _short(value: str) -> str:
+    """A value for a name: numbers join their key, words are set off, the longest become digests."""
+    if re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value):
+        return re.sub(r"e([-+])0+", r"e\1", value) if len(value) < 10 else f"{float(value):.4g}"
+    word = clean(value.split("/")[-1])
+    long = len(word) > MAX_VALUE
+    return "_" + (hashlib.sha256(value.encode()).hexdigest()[:6] if long else word)
 
 
 def clean(name: str) -> str:
     """A name that is safe in a shell, a file system and Slurm."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:MAX_NAME].strip("-._") or "run"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("-._") or "run"
