@@ -8,7 +8,7 @@ from pathlib import Path
 from spd_core.checkpoint import load_model, newest_valid_checkpoint
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig, load_config
-from spd_core.run_dir import RunDir
+from spd_core.run_dir import RunDir, named_run
 from spd_core.targets.train_target import load_target
 
 WANDB = re.compile(
@@ -28,8 +28,9 @@ class LoadedRun:
 def load_run(reference: str | Path) -> LoadedRun:
     """Load the newest checkpoint of a run, on the CPU.
 
-    `reference` is the folder of a run; the id of a run in $SPD_OUT_DIR (else ./outputs); or a run
-    of W&B: `entity/project/id`, `entity/project/runs/id`, either after `wandb:`, or its URL.
+    `reference` is a name of runs.yaml; the folder of a run; the id of a run in $SPD_OUT_DIR (else
+    ./outputs); or a run of W&B: `entity/project/id`, `entity/project/runs/id`, either after
+    `wandb:`, or its URL.
     Nothing in a run's files is executed: weights are safetensors, checked against their digest.
 
     Raises:
@@ -47,15 +48,15 @@ def load_run(reference: str | Path) -> LoadedRun:
 
 def find_run(reference: str) -> RunDir:
     """The run's folder; a run of W&B is downloaded first, into the folder of outputs."""
-    outputs = Path(os.environ.get("SPD_OUT_DIR", "outputs"))
+    reference, outputs = named_run(reference), Path(os.environ.get("SPD_OUT_DIR", "outputs"))
     for folder in (Path(reference), outputs / "runs" / reference):
         if (folder / "config.yaml").is_file():
             return RunDir(folder.absolute())
     if (wandb_run := wandb_reference(reference)) is not None:
         return _download(*wandb_run, outputs / "wandb")
     raise ValueError(
-        f"no run {reference!r}: it is neither a folder with a config.yaml, nor a run id in "
-        f"{outputs.absolute() / 'runs'} (set SPD_OUT_DIR to look elsewhere), nor a W&B run "
+        f"no run {reference!r}: it is no name in runs.yaml, no folder with a config.yaml, no run "
+        f"id in {outputs.absolute() / 'runs'} (set SPD_OUT_DIR to look elsewhere), and no W&B run "
         "such as entity/project/id or its URL"
     )
 

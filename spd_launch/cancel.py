@@ -20,15 +20,16 @@ def main() -> int:
     options = parser(__doc__ or "", nargs="one")
     options.add_argument("task", nargs="?", help="index or part of a run id, or a step; or all")
     given = options.parse_args()
-    launch = ledger.find_launch(given.launch, given.out_dir)
+    launch, run = ledger.find(given.launch, given.out_dir)
+    wanted = given.task or run
     rows = ledger.read_rows(launch)
-    if given.task is not None:
+    if wanted is not None:
         if ledger.read_info(launch)["kind"] == "local" and len(rows) > 1:
             raise LaunchError(
                 "runs on this machine go one after another in one process: cancel the whole launch "
                 f"(python -m spd_launch.cancel {launch.launch_id}) and resume the runs you want"
             )
-        names = {row.name for row in ledger.find_rows(rows, given.task)}
+        names = {row.name for row in ledger.find_rows(rows, wanted)}
         rows = [row for row in rows if row.name in names or row.after in names]
     observed = [row for row in observe(launch, rows) if row.state != "finished"]
     live = [row for row in observed if row.live]

@@ -17,18 +17,19 @@ def main() -> int:
     options.add_argument("--rank", type=int, default=0)
     options.add_argument("-f", "--follow", action="store_true", help="until the run has ended")
     given = options.parse_args()
-    launch = ledger.find_launch(given.launch, given.out_dir)
+    launch, run = ledger.find(given.launch, given.out_dir)
+    wanted = given.task or run
     if ledger.read_info(launch)["kind"] == "local":
         raise LaunchError(f"{launch.launch_id} ran in a terminal, which kept its output")
     rows, jobs = ledger.read_rows(launch), ledger.latest_jobs(launch)
     n_runs = sum(row.goal == "decomposition" for row in rows)
-    if given.task is None and (n_runs or len(rows)) > 1 and not given.follow:
+    if wanted is None and (n_runs or len(rows)) > 1 and not given.follow:
         for row in rows:
             file = log_file(launch, jobs.get(row.name), given.rank)
             print(f"{row.index:4}  {row.name}  {file or 'not sent'}")
         print(f"one of them: python -m spd_launch.logs {launch.launch_id} 0   (-f follows it)")
         return 0
-    row = ledger.find_row(rows, given.task or "0")
+    row = ledger.find_row(rows, wanted or "0")
     file = log_file(launch, jobs.get(row.name), given.rank)
     if row.after is not None and (file is None or not file.exists()):
         print(f"it has not started: first comes its {'run' if row.goal in STEPS else 'target'}")

@@ -28,8 +28,7 @@ Result = dict[str, Any]
 
 def main() -> int:
     given = _parser().parse_args()
-    launches = [ledger.find_launch(name, given.out_dir) for name in given.launches]
-    results = read_results(launches)
+    results = read_results([ledger.find(name, given.out_dir) for name in given.launches])
     metric = given.lowest or given.highest
     if metric is not None:
         results = best(results, metric, "lowest" if given.lowest else "highest")
@@ -60,16 +59,17 @@ def _parser() -> argparse.ArgumentParser:
     return options
 
 
-def read_results(launches: Sequence[LaunchDir]) -> list[Result]:
-    """Of each decomposition: run, state, the config values that vary, and its last metrics."""
+def read_results(launches: Sequence[tuple[LaunchDir, str | None]]) -> list[Result]:
+    """Of each decomposition, or the one that is named: run, state, the config values that vary
+    between all of them, and its last metrics."""
     found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-    for launch in launches:
+    for launch, run in launches:
         rows = [row for row in ledger.read_task_rows(launch) if row.goal == "decomposition"]
         base: dict[str, Any] = {}
         if len(launches) > 1 and rows:  # of one launch it is known what varies
             config = ledger.flat(load_config(launch.run_dir(rows[0].name).config_file))
             base = {key: value for key, value in config.items() if key not in rows[0].varies}
-        for row in rows:
+        for row in (row for row in rows if run in (None, row.name)):
             folder, metrics = launch.run_dir(row.name), {}
             for record in last_records(folder.metrics_file, TAIL):
                 metrics |= record

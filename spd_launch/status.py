@@ -41,9 +41,9 @@ def main() -> int:
     given = options.parse_args()
     if given.launch is None:
         return _list(given.out_dir, given.json)
-    launch = ledger.find_launch(given.launch, given.out_dir)
+    launch, run = ledger.find(given.launch, given.out_dir)
     while True:
-        seen = look(launch)
+        seen = look(launch, run)
         if given.json:
             print(json.dumps(as_data(launch, seen)), flush=True)
         else:
@@ -54,8 +54,12 @@ def main() -> int:
         time.sleep(WATCH_S)
 
 
-def look(launch: LaunchDir) -> Seen:
+def look(launch: LaunchDir, run: str | None) -> Seen:
+    """All of a launch; or one of its runs, with its target and what follows it."""
     rows = ledger.read_rows(launch)
+    if run is not None:
+        target = ledger.find_row(rows, run).after
+        rows = [row for row in rows if run in (row.name, row.after) or row.name == target]
     try:
         live = ask_slurm(launch)
     except LaunchError as error:
