@@ -38,7 +38,11 @@ class LaunchConfig(BaseConfig):
     )
     dry_run: bool
     max_parallel: Count | None = Field(description="array tasks at one time; null = no limit")
-    snapshot: Literal["copy", "off"]
+    snapshot: Literal["copy", "commit", "off"] = Field(
+        description="copy = run from a copy; commit = only note in git what was there; off = neither"
+    )
+    snapshot_max_mb: Positive = Field(description="larger untracked files are left out")
+    snapshot_push_to: str | None = Field(description="a git remote that gets the snapshot too")
     max_requeues: Annotated[int, Field(ge=0)]
     then: list[str] = Field(description="steps that follow the runs, in this order")
     then_needs: Literal["all", "any"] = Field(description="runs that steps of the launch need")

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from spd_launch import ledger, slurm_state
 from spd_launch.__main__ import start
-from spd_launch.compose import PACKAGE_ROOT
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed, observe, parser
 from spd_launch.plan import Task, step_tasks
-from spd_launch.snapshot import take_snapshot
+from spd_launch.snapshot import code_for
 from spd_launch.steps import STEPS
 
 
@@ -54,7 +53,8 @@ def _code_now(launch: LaunchDir) -> Path:
     """Take a snapshot for what is sent from now on, and write down that it is so."""
     taken = len(list(launch.path.glob("code*")))
     code, name = launch.path / f"code-{taken + 1}", f"{launch.launch_id}-{taken + 1}"
-    snapshot = take_snapshot(PACKAGE_ROOT, code, name, launch.path.parent.parent)
+    options = ledger.load_tasks(launch, ledger.read_task_rows(launch)[:1])[0].config.launch
+    snapshot = code_for(options, code, name)
     ledger.set_code(launch, snapshot)
     print(f"code    {snapshot.python_path}, commit {snapshot.commit}")
     return snapshot.python_path

@@ -41,7 +41,7 @@ def test_snapshot_is_the_dirty_tree_and_touches_nothing(repo: Path, tmp_path: Pa
     )
 
     code = tmp_path / "a launch" / "code"
-    snapshot = take_snapshot(repo, code, "id-1", exclude=tmp_path / "out")
+    snapshot = take_snapshot(repo, code, "id-1", exclude=tmp_path / "out", max_mb=1)
 
     assert before == (
         git(repo, "status", "--porcelain"),
@@ -64,7 +64,7 @@ def test_results_stay_out(repo: Path, out: str) -> None:
     (repo / out).mkdir()
     (repo / out / "big.bin").write_text("x")
     code = repo / out / "launches" / "id" / "code"
-    take_snapshot(repo, code, "id", exclude=repo / out)
+    take_snapshot(repo, code, "id", exclude=repo / out, max_mb=1)
     assert not (code / out).exists()
     assert (code / "spd_launch/__init__.py").exists()
 
@@ -74,13 +74,13 @@ def test_repository_without_a_commit_and_package_in_a_subfolder(tmp_path: Path) 
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     git(tmp_path / "mono", "init", "-q")
-    snapshot = take_snapshot(package.parent, tmp_path / "code", "id", exclude=tmp_path / "out")
+    snapshot = take_snapshot(package.parent, tmp_path / "code", "id", exclude=tmp_path / "out", max_mb=1)
     assert snapshot.python_path == tmp_path / "code" / "sub"
 
 
 def test_no_repository_names_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"no usable git repository .* launch\.snapshot=off"):
-        take_snapshot(tmp_path, tmp_path / "code", "id", exclude=tmp_path)
+        take_snapshot(tmp_path, tmp_path / "code", "id", exclude=tmp_path, max_mb=1)
 
 
 def test_installed_code_that_git_ignores_is_no_snapshot(repo: Path, tmp_path: Path) -> None:
@@ -88,4 +88,4 @@ def test_installed_code_that_git_ignores_is_no_snapshot(repo: Path, tmp_path: Pa
     (site / "spd_launch").mkdir(parents=True)
     (site / "spd_launch" / "__init__.py").write_text("")
     with pytest.raises(LaunchError, match="git ignores"):
-        take_snapshot(site, tmp_path / "code", "id", exclude=tmp_path)
+        take_snapshot(site, tmp_path / "code", "id", exclude=tmp_path, max_mb=1)
