@@ -20,10 +20,11 @@ from spd_core.losses.faithfulness import faithfulness
 from spd_core.metrics import Sums, add, means
 from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
 from spd_core.parts import check_parts
-from spd_core.run_dir import RunDir, truncate_metrics
+from spd_core.run_dir import RunDir, append_metrics, truncate_metrics
 from spd_core.step import optimisation_step, schedules
 from spd_core.targets.train_target import load_or_train_target
-from spd_core.tracking import Tracker
+
+AfterStep = Callable[[int, dict[str, float]], bool]
 
 
 def build_model(config: RunConfig, targets: Path, dist: Dist, console: Console) -> ComponentModel:
@@ -57,12 +58,13 @@ class Training(Decomposition):
 
 
 def train(
-    config: RunConfig, run_dir: RunDir, dist: Dist, after_step: Callable[[int], bool]
+    config: RunConfig, run_dir: RunDir, dist: Dist, after_step: AfterStep
 ) -> Literal["finished", "stopped"]:
     """Run, or continue, one decomposition; every rank calls this.
 
     Continues from the newest valid checkpoint. `after_step` is told on every rank how many steps
-    are done; where one says yes, all save together and the result is "stopped".
+    are done, and what was logged after the last one (mostly nothing); where one says yes, all save
+    together and the result is "stopped".
 
     Raises:
         ValueError: the config does not fit the target.
@@ -77,8 +79,7 @@ def train(
     first = _start(t, run_dir, console)
     if dist.is_main:
         truncate_metrics(run_dir, first)
-    with Tracker(config, run_dir if dist.is_main else None, console, first) as tracker:
-        return _loop(t, run_dir, tracker, first, after_step)
+    return _loop(t, run_dir, first, after_step)
 
 
 def _start(t: Training, run_dir: RunDir, console: Console) -> int:
@@ -126,7 +127,7 @@ def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
 
 
 def _loop(
-    t: Training, run_dir: RunDir, tracker: Tracker, step: int, after_step: Callable[[int], bool]
+    t: Training, run_dir: RunDir, step: int, after_step: AfterStep
 ) -> Literal["finished", "stopped"]:
     config, dist, steps = t.config, t.dist, t.config.train.steps
     alive, l0 = config.eval.metrics.alive_components, config.eval.metrics.ci_l0
@@ -144,7 +145,7 @@ def _loop(
         logged = (step + 1) % config.track.log_every == 0 or step + 1 in (1, steps)
         result = optimisation_step(t, t.optimizer, step, observe)
         step += 1
-        due = due_metrics(config, step)
+        due, values = due_metrics(config, step), dict[str, float]()
 
         # ---- rare events
         if logged or due:
@@ -156,11 +157,13 @@ def _loop(
                 _check_finite(values, step)
                 unit = "tokens" if result.n_positions > config.train.batch_size else "examples"
                 values[f"{unit}_per_s"] = result.n_positions / step_s
-                tracker.log(step, values | schedules(config, step - 1))
+                values |= schedules(config, step - 1)
             if due:
                 figures = run_dir.figures / f"step_{step}"
-                tracker.log(step, evaluate(t, step, due, t.positions_ago, step_s, figures))
-        stopping = distributed.any_rank(after_step(step), dist)
+                values |= evaluate(t, step, due, t.positions_ago, step_s, figures)
+            if dist.is_main:
+                append_metrics(run_dir, {"step": step, **values})
+        stopping = distributed.any_rank(after_step(step, values), dist)
         saving = stopping or step % config.checkpoint.every_steps == 0 or step == steps
         if saving:
             _check_finite({n: norm.item() for n, norm in result.grad_norms.items()}, step)
@@ -171,7 +174,6 @@ def _loop(
             distributed.barrier(dist)
         if logged or due or saving:
             timed_from, started = step, time.perf_counter()
-        tracker.advance(step)
         if stopping and step < steps:
             return "stopped"
     return "finished"
