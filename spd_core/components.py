@@ -71,14 +71,6 @@ class LinearComponents(nn.Module):
         weight = module.weight.detach()
         return weight if isinstance(module, nn.Linear | Identity) else weight.T
 
-    @property
-    def bias(self) -> Float[Tensor, "d_out"] | None:
-        bias = getattr(self._module[0], "bias", None)
-        if bias is None:
-            return None
-        # A bias of half precision would round what is added to it and subtracted again.
-        return bias.detach().to(torch.promote_types(bias.dtype, self.V.dtype))
-
     def inner_acts(
         self, x: Float[Tensor, "... d_in"] | Int[Tensor, "..."]
     ) -> Float[Tensor, "... C"]:
@@ -102,7 +94,10 @@ class LinearComponents(nn.Module):
         No mask means all ones. With y the module's own output on x, the delta term is
         m_d (y - b) - m_d (x V) U, so no dense delta matrix is built.
         """
-        bias = self.bias
+        bias = getattr(self._module[0], "bias", None)
+        if bias is not None:
+            # A bias of half precision would round what is added to it and subtracted again.
+            bias = bias.detach().to(torch.promote_types(bias.dtype, self.V.dtype))
         if delta_mask is None:
             out = (inner_acts if mask is None else inner_acts * mask) @ self.U
             return (out if bias is None else out + bias).to(target_out.dtype)

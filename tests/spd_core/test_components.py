@@ -118,7 +118,11 @@ def test_initial_variances_and_what_is_trained():
     assert c.V.std().item() == pytest.approx(200**-0.5, rel=0.05)
     assert c.U.std().item() == pytest.approx(100**-0.5, rel=0.05)
     assert dict(c.named_parameters()).keys() == {"V", "U"}
-    assert not c.weight.requires_grad and not c.bias.requires_grad
+    assert not c.weight.requires_grad
+    linear = nn.Linear(5, 4)
+    c, x = LinearComponents(linear, 7, generator()), torch.randn(9, 5)
+    c(c.inner_acts(x), linear(x).detach(), None, torch.rand(9)).sum().backward()
+    assert c.U.grad is not None and linear.bias.grad is None
 
 
 @pytest.mark.parametrize("make, d_in_first", [
