@@ -45,11 +45,7 @@ def expand_patterns(
             cannot follow what a module computes.
     """
     patterns = [pattern for pattern, C in c_of.items() if C is not None]
-    paths = [
-        name
-        for name, module in target.named_modules()
-        if is_decomposable(module) and not isinstance(module, Identity)
-    ]
+    paths = [name for name, module in target.named_modules() if is_decomposable(module)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in paths):
             raise ValueError(

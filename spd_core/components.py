@@ -27,7 +27,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_decomposable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Embedding | Identity) or is_conv1d(module)
+    """Whether a pattern may match it: identities, which are inserted, have names of their own."""
+    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
 
 
 def check_decomposable(where: str, path: str, module: nn.Module) -> None:
@@ -36,7 +37,7 @@ def check_decomposable(where: str, path: str, module: nn.Module) -> None:
     Raises:
         ValueError: it has a forward() of its own, or is an embedding with max_norm.
     """
-    known = (nn.Linear.forward, nn.Embedding.forward, Identity.forward)
+    known = (nn.Linear.forward, nn.Embedding.forward)
     if type(module).forward not in known and not is_conv1d(module):
         raise ValueError(
             f"{where}: {path!r} is a {type(module).__name__}, whose forward() is its own and may "
