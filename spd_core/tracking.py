@@ -1,7 +1,6 @@
 """What a run tells the world while it works: metrics.jsonl, and a progress bar."""
 
 import time
-from typing import Self
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn
@@ -13,7 +12,8 @@ from spd_core.run_dir import RunDir, append_metrics
 class Tracker:
     """Writes metrics and shows progress. On a terminal a bar; in a log file one line per report.
 
-    Without a folder, as on every rank but 0, it writes nothing.
+    The bar is seen inside `with tracker.bar`. Without a folder, as on every rank but 0, nothing is
+    written.
     """
 
     def __init__(
@@ -25,13 +25,6 @@ class Tracker:
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("decompose", total=self.steps, completed=first_step, at="")
         self.total = ""
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.bar.stop()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and show the main losses."""

@@ -77,7 +77,8 @@ def train(
     first = _start(t, run_dir, console)
     if dist.is_main:
         truncate_metrics(run_dir, first)
-    with Tracker(config, run_dir if dist.is_main else None, console, first) as tracker:
+    tracker = Tracker(config, run_dir if dist.is_main else None, console, first)
+    with tracker.bar:
         return _loop(t, run_dir, tracker, first, after_step)
 
 

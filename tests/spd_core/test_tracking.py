@@ -11,7 +11,8 @@ from spd_core.tracking import Tracker
 
 def test_tracker_writes_one_line_per_report(make_config, make_run_dir):
     run_dir = make_run_dir("run")
-    with Tracker(make_config(), run_dir, Console(quiet=True), 0) as tracker:
+    tracker = Tracker(make_config(), run_dir, Console(quiet=True), 0)
+    with tracker.bar:
         tracker.log(0, {"loss/total": 0.5, "lr": 0.1})
         tracker.advance(1)
         tracker.log(1, {"eval/loss/x": 0.25})
