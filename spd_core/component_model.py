@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -72,7 +71,6 @@ def insert_identities(target: nn.Module, patterns: dict[str, int]) -> dict[str, 
     Raises:
         ValueError: as `expand_patterns`, or the module is an embedding.
     """
-
     inserted = {}
     for name, C in expand_patterns(target, patterns, "decompose.identity_modules").items():
         module = target.get_submodule(name)
@@ -177,7 +175,7 @@ class ComponentModel(nn.Module):
         batch: Float[Tensor, "batch ..."],
         masks: dict[str, MaskInfo],
         cache: Cache | None = None,
-        own_acts: Mapping[str, Float[Tensor, "... C"]] = MappingProxyType({}),
+        own_acts: dict[str, Float[Tensor, "... C"]] | None = None,
     ) -> Float[Tensor, "batch ..."]:
         """The output with the modules of `masks` on their components, the others unchanged.
 
@@ -191,7 +189,7 @@ class ComponentModel(nn.Module):
             info = masks.get(name)
             if info is not None and not first:
                 first.append(x)
-            if name in own_acts and first and x is first[0]:
+            if own_acts and name in own_acts and first and x is first[0]:
                 inner_acts = own_acts[name]
             else:
                 inner_acts = self.components[name].inner_acts(x)
