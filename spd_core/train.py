@@ -16,7 +16,7 @@ from spd_core.config import RunConfig
 from spd_core.data.batches import Decomposition
 from spd_core.distributed import Dist, over_ranks
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
-from spd_core.losses.faithfulness import faithfulness
+from spd_core.losses.distance import faithfulness
 from spd_core.metrics import Sums, add, means
 from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
 from spd_core.parts import check_parts
