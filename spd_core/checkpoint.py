@@ -69,18 +69,26 @@ def newest_valid_checkpoint(run_dir: RunDir) -> tuple[Path, int, dict[Path, str]
     Raises:
         FileNotFoundError: there is none.
     """
+    step, damaged = newest_valid_step(run_dir)
+    if step == 0:
+        problems = ", ".join(damaged.values())
+        raise FileNotFoundError(f"no valid checkpoint in {run_dir.checkpoints}: {problems}")
+    return run_dir.checkpoints / f"step_{step}", step, damaged
+
+
+def newest_valid_step(run_dir: RunDir) -> tuple[int, dict[Path, str]]:
+    """The step of the newest undamaged checkpoint, 0 without one; and newer, damaged ones."""
     damaged: dict[Path, str] = {}
     for step in reversed(checkpoint_steps(run_dir)):
         folder = run_dir.checkpoints / f"step_{step}"
         try:
             digest = json.loads((folder / "meta.json").read_text())["sha256"]
             if digest == _sha256(folder / "state.safetensors"):
-                return folder, step, damaged
+                return step, damaged
             damaged[folder] = f"{folder}/state.safetensors does not match its digest"
-        except (FileNotFoundError, KeyError, ValueError) as error:
+        except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
             damaged[folder] = f"{folder} is damaged: {error}"
-    problems = ", ".join(damaged.values())
-    raise FileNotFoundError(f"no valid checkpoint in {run_dir.checkpoints}: {problems}")
+    return 0, damaged
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from spd_core.losses.faithfulness import faithfulness
 from spd_core.metrics import Sums, add, means, over_ranks
 from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
 from spd_core.parts import check_parts
-from spd_core.run_dir import RunDir, truncate_metrics
+from spd_core.run_dir import RunDir, sync, truncate_metrics
 from spd_core.step import optimisation_step, schedules
 from spd_core.targets.train_target import load_or_train_target
 from spd_core.tracking import Tracker
@@ -88,8 +88,8 @@ def _start(t: Training, run_dir: RunDir, console: Console) -> int:
     may show others something else.
     """
     newest = torch.tensor(0, device=t.dist.device)
-    if t.dist.is_main and checkpoint.checkpoint_steps(run_dir):
-        _, found, damaged = checkpoint.newest_valid_checkpoint(run_dir)
+    if t.dist.is_main:
+        found, damaged = checkpoint.newest_valid_step(run_dir)
         newest.fill_(found)
         for folder, problem in damaged.items():
             console.print(f"[yellow]{problem}: set aside", soft_wrap=True)
@@ -166,6 +166,7 @@ def _loop(
             _check_finite({n: norm.item() for n, norm in result.grad_norms.items()}, step)
             extra = over_ranks(all_min, t.positions_ago, dist)
             if dist.is_main:
+                sync(run_dir.metrics_file)  # no later attempt writes its lines again
                 keep = config.checkpoint.keep
                 checkpoint.save_checkpoint(run_dir, step, t.model, t.optimizer, extra, keep)
             distributed.barrier(dist)

@@ -128,6 +128,17 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(start, make
     assert_same_run(whole, run_dir)
 
 
+def test_where_every_checkpoint_is_damaged_a_run_starts_anew(start, make_config):
+    whole, _ = start("whole", make_config())
+    run_dir, _ = start("damaged", make_config(), stop_after(5))
+    for folder in run_dir.checkpoints.iterdir():
+        write_atomic(folder / "meta.json", "5")
+    start("damaged", make_config())
+    assert_same_run(whole, run_dir)
+    damaged = [f.name for f in run_dir.checkpoints.glob("damaged_*")]
+    assert sorted(damaged) == ["damaged_step_4", "damaged_step_5"]
+
+
 def test_the_ambient_random_state_changes_nothing(start, make_config):
     first, _ = start("first", make_config())
     torch.manual_seed(99)
@@ -183,13 +194,18 @@ def test_evaluation_never_changes_the_weights(overrides, start, make_config):
 
 def test_figures_never_change_the_weights(start, make_config, monkeypatch):
     drawn = []
-    monkeypatch.setattr(
-        "matplotlib.figure.Figure.savefig", lambda _, path, **__: drawn.append(path)
-    )
+
+    def note(_figure, path, **_options):
+        path.touch()
+        drawn.append(path)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", note)
     first, _ = start("first", make_config())
     second, _ = start("second", make_config("eval.slow_every=3", figures=True))
     assert_same_weights(first, second)
-    assert sorted(path.stem for path in drawn) == sorted(FIGURES * 2)
+    assert sorted(path.name.split(".")[1] for path in drawn) == sorted(FIGURES * 2)
+    kept = [path.stem for path in second.figures.rglob("*") if path.is_file()]
+    assert sorted(kept) == sorted(FIGURES * 2)
 
 
 def test_what_is_alive_survives_a_stop(start, make_config):
