@@ -11,7 +11,7 @@ from uuid import uuid4
 
 
 class RunDir:
-    """The folder `runs/RUN_ID` of one run, and every path in it."""
+    """The folder `runs/RUN_ID` of one run, every path in it, and the stores that runs share."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,8 +22,8 @@ class RunDir:
         self.report_file = path / "report.html"
         self.figures = path / "figures"
         self.checkpoints = path / "checkpoints"
-        # The store of trained targets is shared by all runs of the same out_dir.
         self.targets = path.parent.parent / "targets"
+        self.data = path.parent.parent / "data"
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.data.batches import Decomposition
-from spd_core.distributed import Dist, all_min, all_sum
+from spd_core.distributed import Dist, over_ranks
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
 from spd_core.losses.faithfulness import faithfulness
-from spd_core.metrics import Sums, add, means, over_ranks
+from spd_core.metrics import Sums, add, means
 from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
 from spd_core.parts import check_parts
 from spd_core.run_dir import RunDir, sync, truncate_metrics
@@ -73,7 +73,7 @@ def train(
     model = build_model(config, run_dir.targets, dist, console)
     check_metrics(config, model)
     ago = never_important(config.eval.metrics.alive_components, model)
-    t = Training(config, model, dist, build_optimizer(config, model), ago)
+    t = Training(config, model, dist, run_dir.data, build_optimizer(config, model), ago)
     first = _start(t, run_dir, console)
     if dist.is_main:
         truncate_metrics(run_dir, first)
@@ -151,7 +151,7 @@ def _loop(
             distributed.synchronise(dist.device)
             step_s = (time.perf_counter() - started) / (step - timed_from)  # of training alone
             if logged:
-                values = result.values() | means(over_ranks(all_sum, l0_of_step, dist))
+                values = result.values() | means(over_ranks("sum", l0_of_step, dist))
                 l0_of_step.clear()
                 _check_finite(values, step)
                 unit = "tokens" if result.n_positions > config.train.batch_size else "examples"
@@ -164,7 +164,7 @@ def _loop(
         saving = stopping or step % config.checkpoint.every_steps == 0 or step == steps
         if saving:
             _check_finite({n: norm.item() for n, norm in result.grad_norms.items()}, step)
-            extra = over_ranks(all_min, t.positions_ago, dist)
+            extra = over_ranks("min", t.positions_ago, dist)
             if dist.is_main:
                 sync(run_dir.metrics_file)  # no later attempt writes its lines again
                 keep = config.checkpoint.keep

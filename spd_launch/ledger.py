@@ -20,10 +20,11 @@ from typing import Any
 
 import yaml
 
-from spd_core.config import RunConfig, config_digest, config_to_yaml, load_config
+from spd_core.config import config_digest, config_to_yaml, load_config
 from spd_core.run_dir import RunDir, write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
+from spd_launch.config import JobConfig, run_config
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, make_plan, shape
 from spd_launch.run_record import Status, read_status, write_status
@@ -70,7 +71,7 @@ class LaunchDir:
         return RunDir(self.path.parent.parent / "runs" / run_id)
 
 
-def new_launch(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> tuple[LaunchPlan, LaunchDir]:
+def new_launch(runs: Sequence[tuple[dict[str, str], JobConfig]]) -> tuple[LaunchPlan, LaunchDir]:
     """Plan under a name that nobody has, and claim it with its folders.
 
     Raises:
@@ -93,7 +94,7 @@ def new_launch(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> tuple[Launch
     raise RuntimeError(f"no free launch name in {out_dir} after 100 tries")
 
 
-def stored_targets(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> set[str]:
+def stored_targets(runs: Sequence[tuple[dict[str, str], JobConfig]]) -> set[str]:
     """The names of those targets of the runs that are trained already."""
     store = runs[0][1].launch.out_dir / "targets"
     names = {target_name(config) for _, config in runs}
@@ -129,7 +130,10 @@ def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
 
 
 def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str | None) -> None:
-    """Write what is launched, and every run's frozen config: all before the first submission."""
+    """Write what is launched, and every run's frozen config: all before the first submission.
+
+    A run's folder says what is trained; where and how it runs stands in the launch's own.
+    """
     info = {
         "launch_id": plan.launch_id,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -143,7 +147,7 @@ def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str |
     }
     for task in plan.tasks:
         run_dir = launch.run_dir(task.run_id)
-        write_atomic(run_dir.config_file, config_to_yaml(task.config))
+        write_atomic(run_dir.config_file, config_to_yaml(run_config(task.config)))
         write_status(run_dir, _pending(task.config))
     write_atomic(launch.tasks_file, "".join(json.dumps(_row(t)) + "\n" for t in plan.tasks))
     write_atomic(launch.plan_file, json.dumps(describe(plan), indent=1) + "\n")
@@ -156,7 +160,9 @@ def _row(task: Task) -> dict[str, Any]:
         "run_id": task.run_id,
         "overrides": task.overrides,
         "after": task.after,
-        "digest": config_digest(task.config),
+        "digest": config_digest(run_config(task.config)),
+        "cluster": task.config.cluster.model_dump(mode="json"),
+        "launch": task.config.launch.model_dump(mode="json"),
     }
 
 
@@ -178,7 +184,8 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
 
 def mark(run_dir: RunDir, state: str) -> None:
     """Set a run's state from outside; step and attempt stay."""
-    old = read_status(run_dir) or _pending(load_config(run_dir.config_file))
+    old = read_status(run_dir)
+    assert old is not None, f"no status of {run_dir.path.name}"
     write_status(run_dir, Status.model_validate({**old.model_dump(), "state": state}))
 
 
@@ -194,7 +201,7 @@ def read_error(run_dir: RunDir) -> str:
     return " ".join(file.read_text().split()) if file.exists() else ""
 
 
-def n_steps(config: RunConfig) -> int:
+def n_steps(config: JobConfig) -> int:
     """The steps of what this run trains: a decomposition or a target."""
     if config.launch.goal == "decomposition":
         return config.train.steps
@@ -202,7 +209,7 @@ def n_steps(config: RunConfig) -> int:
     return config.target.steps
 
 
-def _pending(config: RunConfig) -> Status:
+def _pending(config: JobConfig) -> Status:
     return Status(
         state="pending", step=0, steps=n_steps(config), heartbeat=time.time(),
         attempt=0, job_id=None, host="",
@@ -233,7 +240,7 @@ def read_info(launch: LaunchDir) -> dict[str, Any]:
 
 
 def read_run_ids(launch: LaunchDir) -> list[str]:
-    return [json.loads(line)["run_id"] for line in launch.tasks_file.read_text().splitlines()]
+    return [row["run_id"] for row in _rows(launch)]
 
 
 def read_tasks(launch: LaunchDir) -> list[Task]:
@@ -242,18 +249,34 @@ def read_tasks(launch: LaunchDir) -> list[Task]:
     Raises:
         LaunchError: a run's folder is gone, or its config is of another version.
     """
-    tasks = []
-    for line in launch.tasks_file.read_text().splitlines():
-        row = json.loads(line)
-        file = launch.run_dir(row["run_id"]).config_file
-        try:
-            config = load_config(file)
-        except ValueError as error:
-            raise LaunchError(f"{file} cannot be read: {error}") from None
-        size = shape(config.cluster, config.dp)
-        task = Task(row["index"], row["run_id"], row["overrides"], config, *size, row["after"])
-        tasks.append(task)
-    return tasks
+    return [_read_task(launch, row) for row in _rows(launch)]
+
+
+def read_task(launch: LaunchDir, run_id: str) -> Task:
+    """One task, without the configs of the others.
+
+    Raises:
+        LaunchError: as `read_tasks`, or there is no such run.
+    """
+    for row in _rows(launch):
+        if row["run_id"] == run_id:
+            return _read_task(launch, row)
+    raise LaunchError(f"no run {run_id!r} in {launch.tasks_file}")
+
+
+def _rows(launch: LaunchDir) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in launch.tasks_file.read_text().splitlines()]
+
+
+def _read_task(launch: LaunchDir, row: dict[str, Any]) -> Task:
+    file = launch.run_dir(row["run_id"]).config_file
+    try:
+        values = dict(load_config(file)) | {key: row[key] for key in ("cluster", "launch")}
+        config = JobConfig.model_validate(values)
+    except ValueError as error:
+        raise LaunchError(f"{file} cannot be read: {error}") from None
+    size = shape(config.cluster, config.dp)
+    return Task(row["index"], row["run_id"], row["overrides"], config, *size, row["after"])
 
 
 def default_out_dir() -> Path:

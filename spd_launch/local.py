@@ -35,10 +35,9 @@ def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int
 
 def _run_one(launch: LaunchDir, task: Task, python_path: Path, job_id: str) -> int:
     dp = task.config.dp
-    path = str(launch.run_dir(task.run_id).path)
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "spd_launch.task", path],
+            [sys.executable, "-m", "spd_launch.task", str(launch.path), task.run_id],
             env={
                 **os.environ,
                 **rank_environment(task.config.cluster, python_path),

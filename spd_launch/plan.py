@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from spd_core.config import ClusterConfig, RunConfig, config_digest
+from spd_core.config import config_digest
 from spd_core.targets.config import TransformerTargetConfig
 from spd_core.targets.store import target_name
+from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError
 
 MAX_NAME = 100
@@ -30,7 +31,7 @@ class Task:
     index: int
     run_id: str
     overrides: dict[str, str]
-    config: RunConfig
+    config: JobConfig
     nodes: int
     tasks_per_node: int
     after: str | None
@@ -61,7 +62,7 @@ class LaunchPlan:
 
 
 def make_plan(
-    runs: Sequence[tuple[dict[str, str], RunConfig]],
+    runs: Sequence[tuple[dict[str, str], JobConfig]],
     stamp: str,
     suffix: str,
     stored: Collection[str],
@@ -96,10 +97,10 @@ def make_plan(
 
 
 def missing_targets(
-    runs: Sequence[tuple[dict[str, str], RunConfig]], stored: Collection[str]
-) -> dict[str, RunConfig]:
+    runs: Sequence[tuple[dict[str, str], JobConfig]], stored: Collection[str]
+) -> dict[str, JobConfig]:
     """Name -> how the launch trains it first, with the resources of the first run that needs it."""
-    targets: dict[str, RunConfig] = {}
+    targets: dict[str, JobConfig] = {}
     for _, config in runs:
         goal, name = config.launch.goal, target_name(config)
         if goal == "target" and config.target.kind == "custom":
@@ -111,7 +112,7 @@ def missing_targets(
     return targets
 
 
-def _target_run(config: RunConfig) -> RunConfig:
+def _target_run(config: JobConfig) -> JobConfig:
     """Language models are trained by as many processes as decompose them, toys by one."""
     launch = config.launch.model_copy(update={"goal": "target"})
     if not isinstance(config.target, TransformerTargetConfig):
@@ -162,7 +163,7 @@ def shape(cluster: ClusterConfig, dp: int) -> tuple[int, int]:
     )
 
 
-def run_ids(runs: Sequence[tuple[dict[str, str], RunConfig]], suffix: str) -> list[str]:
+def run_ids(runs: Sequence[tuple[dict[str, str], JobConfig]], suffix: str) -> list[str]:
     """A name for each run: experiment, seed, the overrides that vary, the launch's suffix."""
     names = []
     varying = _varying([overrides for overrides, _ in runs])

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spd_core.config import ClusterConfig
 from spd_launch import slurm_state, task
 from spd_launch.compose import template_folders
+from spd_launch.config import ClusterConfig
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.ledger import LaunchDir, latest_jobs, note_jobs
 from spd_launch.plan import Array, Task, group
@@ -78,7 +78,7 @@ def _send(
         executor.update_parameters(**job_parameters(launch, array, python_path, n_arrays, after))
         with redirect_stderr(io.StringIO()):  # submitit prints what it also raises
             sent = executor.map_array(
-                task.run, [str(launch.run_dir(t.run_id).path) for t in array.tasks]
+                task.run, [str(launch.path)] * len(array.tasks), [t.run_id for t in array.tasks]
             )
     except (FailedJobError, FailedSubmissionError) as error:
         raise LaunchError(_in_slurms_words(str(error), array.cluster)) from None

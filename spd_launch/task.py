@@ -1,6 +1,6 @@
 """What one rank does, on a node or here: environment, meeting, signals, then the training core.
 
-    python -m spd_launch.task RUN_DIR        one local rank (RANK, WORLD_SIZE, LOCAL_RANK)
+    python -m spd_launch.task LAUNCH_DIR RUN_ID     one local rank (RANK, WORLD_SIZE, LOCAL_RANK)
 
 On Slurm, submitit calls `run` in each task of a job. Signals:
 USR2 (the time limit is near)      save together, then rank 0 requeues the job.
@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 
-from spd_core.config import ClusterConfig, RunConfig, load_config
 from spd_core.run_dir import RunDir
+from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError, exit_with
-from spd_launch.ledger import mark, mark_failed, n_steps
+from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_task
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
 from spd_launch.run_record import Progress, read_status, write_environment
 from spd_launch.upload import uploading
@@ -105,16 +105,16 @@ class Stop:
         return self.signal is not None
 
 
-def run(path: str) -> None:
-    """Train what the run in this folder asks for, from its newest checkpoint if it has one.
+def run(launch_dir: str, run_id: str) -> None:
+    """Train what this run of the launch asks for, from its newest checkpoint if it has one.
 
     An exception marks the run failed and leaves the process with a non-zero code.
     """
     stop = Stop()
     os.umask(0o002)
     _check_code()
-    run_dir = RunDir(Path(path))
-    config = load_config(run_dir.config_file)
+    launch = LaunchDir(Path(launch_dir))
+    run_dir, config = launch.run_dir(run_id), read_task(launch, run_id).config
     place = place_from_environment(config.cluster.kind)
     _end_with_launcher(config.cluster)
     lock = _lock(run_dir) if place.rank == 0 else None
@@ -170,7 +170,7 @@ def _end_with_launcher(cluster: ClusterConfig) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
+def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
     from spd_core import distributed
     from spd_launch.peers import watching
 
@@ -203,7 +203,7 @@ def _train(config: RunConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
 
 
 def _decompose(
-    config: RunConfig, run_dir: RunDir, dist: "Dist", progress: Progress, after_step: AfterStep
+    config: JobConfig, run_dir: RunDir, dist: "Dist", progress: Progress, after_step: AfterStep
 ) -> Literal["finished", "stopped"]:
     from spd_core.train import train
 
@@ -216,7 +216,7 @@ def _decompose(
 
 
 def _train_target(
-    config: RunConfig, run_dir: RunDir, dist: "Dist", progress: Progress, after_step: AfterStep
+    config: JobConfig, run_dir: RunDir, dist: "Dist", progress: Progress, after_step: AfterStep
 ) -> Literal["finished", "stopped"]:
     from rich.console import Console
 
@@ -231,7 +231,7 @@ def _train_target(
     return outcome
 
 
-def _device(config: RunConfig, place: Place) -> Literal["auto", "cpu", "cuda"]:
+def _device(config: JobConfig, place: Place) -> Literal["auto", "cpu", "cuda"]:
     """What `auto` means here: on Slurm what the profile asks for; locally a GPU for each rank."""
     if config.train.device != "auto":
         return config.train.device
@@ -275,7 +275,7 @@ def _check_code() -> None:
             raise RuntimeError(f"{file} was imported, which is not in the launch's code, {code}")
 
 
-def _leave(config: RunConfig, place: Place, stop: Stop) -> NoReturn:
+def _leave(config: JobConfig, place: Place, stop: Stop) -> NoReturn:
     """After a save: wait for Slurm's kill, having asked for another turn if time ran out."""
     if config.cluster.kind == "local":
         sys.exit(STOPPED)
@@ -299,10 +299,10 @@ def _wait_for_reason(stop: Stop) -> None:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        raise LaunchError("usage: python -m spd_launch.task RUN_DIR")
+    if len(sys.argv) != 3:
+        raise LaunchError("usage: python -m spd_launch.task LAUNCH_DIR RUN_ID")
     try:
-        run(sys.argv[1])
+        run(sys.argv[1], sys.argv[2])
     except ValueError as error:  # the core's word for what a user asked wrongly
         if os.environ.get("SPD_TRACEBACK") == "1":
             raise

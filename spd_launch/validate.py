@@ -1,4 +1,4 @@
-"""Composed values -> RunConfig, with errors that name the field, the value and the nearest name."""
+"""Composed values -> JobConfig, with errors that name the field, the value and the nearest name."""
 
 from fnmatch import fnmatchcase
 from types import UnionType
@@ -17,6 +17,7 @@ from spd_core.targets.config import (
     TMSTargetConfig,
     TransformerTargetConfig,
 )
+from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError, nearest
 
 LLAMA_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -41,14 +42,14 @@ def known_modules(target: TargetConfig) -> list[str]:
             return []
 
 
-def validate(values: dict[str, Any]) -> RunConfig:
+def validate(values: dict[str, Any]) -> JobConfig:
     """Check one run before anything is sent.
 
     Raises:
         LaunchError: one line per wrong field.
     """
     try:
-        config = RunConfig.model_validate(values)
+        config = JobConfig.model_validate(values)
     except ValidationError as error:
         lines: dict[str, str] = {}  # a union reports once per member: the first one is enough
         for details in error.errors(include_url=False):
@@ -110,7 +111,7 @@ def _path(details: ErrorDetails, values: Any) -> list[str]:
 
 def _names(path: list[str]) -> set[str]:
     """The fields that the schema has at this place."""
-    types: list[Any] = [RunConfig]
+    types: list[Any] = [JobConfig]
     for key in path:
         types = [inner for outer in types for inner in _inside(outer, key)]
     models = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]

@@ -12,7 +12,7 @@ from spd_core.randomness import StepRandomness
 def evaluated(config, model, step, dist, folder):
     """Everything that is due after `step` steps, without what it cost."""
     got = evaluate(
-        Decomposition(config, model, dist), step, due_metrics(config, step), None, 1.0, folder
+        Decomposition(config, model, dist, None), step, due_metrics(config, step), None, 1.0, folder
     )
     return {key: value for key, value in got.items() if "cost" not in key}
 
@@ -22,7 +22,7 @@ def batches(config, model):
         randomness = StepRandomness(
             config.seed, i, 0, 1, config.eval.batch_size, torch.device("cpu"), "eval"
         )
-        yield make_batch(Decomposition(config, model, None), randomness, "eval")
+        yield make_batch(Decomposition(config, model, None, None), randomness, "eval")
 
 
 def test_metrics_are_means_over_all_examples(make_config, tms_model, one_process, tmp_path):
@@ -102,7 +102,9 @@ def test_the_cost_of_every_metric_is_measured(make_config, tms_model, one_proces
     nap = f"+eval.metrics.nap={{path:{__name__}.napping,kind:metric,when:fast,seconds:0.03}}"
     config = make_config(nap)
     due = due_metrics(config, 3)
-    got = evaluate(Decomposition(config, tms_model(), one_process), 3, due, None, 0.25, tmp_path)
+    got = evaluate(
+        Decomposition(config, tms_model(), one_process, None), 3, due, None, 0.25, tmp_path
+    )
     seconds, steps = (
         {k.removeprefix(kind): v for k, v in got.items() if k.startswith(kind)}
         for kind in ("eval_cost/seconds/", "eval_cost/steps/")

@@ -89,7 +89,7 @@ def test_the_page_as_it_stands(trained, one_process):
     assert {type(f).__name__ for f in model.ci_fns.values()} == {"Size"}
     assert model.ci_fns["linear1"].slope.mean().item() == pytest.approx(2, abs=0.2)
     faithfulness_warm_up(config, model)
-    batches, _ = training_batches(Decomposition(config, model, one_process), 0)
+    batches, _ = training_batches(Decomposition(config, model, one_process, None), 0)
     ci = np.concatenate(
         [c.lower.detach().numpy() for batch in batches() for c in batch.ci.values()], 1
     )
@@ -184,7 +184,7 @@ def test_the_inherited_hidden_goes_to_a_class_that_declares_it(folder):
         validate(compose([*kept, *SMALL], multirun=False)[0].values)
     kept = [word.replace("my_parts.ci_fn", "my_parts.deeper") for word in kept]
     config = validate(compose([*kept, *SMALL], multirun=False)[0].values)
-    assert config.decompose.ci_fn.options == {"slope": 2.0, "hidden": [16]}
+    assert config.decompose.ci_fn.model_extra == {"slope": 2.0, "hidden": [16]}
 
 
 @pytest.mark.slow

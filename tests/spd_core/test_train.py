@@ -216,7 +216,7 @@ def test_what_is_alive_survives_a_stop(start, make_config):
     stopped, _ = start("stopped", config, stop_after(4))
     start("stopped", config)
     assert_same_run(whole, stopped)
-    ago = {n: weights(stopped)[1][f"extra:alive:{n}"] for n in ("linear1", "linear2")}
+    ago = {n: weights(stopped)[1][f"extra:{n}"] for n in ("linear1", "linear2")}
     # Some were last important before the stop, which was 2 steps of 32 examples ago.
     assert any(((steps >= 64) & (steps < 1000)).any() for steps in ago.values())
     for name, steps in ago.items():
@@ -285,7 +285,7 @@ def one_step(make_config, make_run_dir, one_process):
         before = {n: p.detach().clone() for n, p in model.trained_parameters().items()}
         optimizer = build_optimizer(config, model)
         result = optimisation_step(
-            Decomposition(config, model, one_process), optimizer, 0, lambda _ci: None
+            Decomposition(config, model, one_process, None), optimizer, 0, lambda _ci: None
         )
         return model, before, result
 
@@ -318,7 +318,7 @@ def test_the_first_adamw_step_in_closed_form(one_step):
 def test_gradients_against_finite_differences(make_config, tms_model, one_process):
     config = make_config("decompose.sigmoid=normal", "losses.importance_minimality.beta=0.3")
     model = tms_model("decompose.sigmoid=normal").double()
-    d = Decomposition(config, model, one_process)
+    d = Decomposition(config, model, one_process, None)
 
     def loss():
         randomness = StepRandomness(0, 0, 0, 1, 32, torch.device("cpu"))

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launch_configs import STORED, config
 
-from spd_core.config import ClusterConfig, RunConfig
 from spd_core.targets.store import target_name
 from spd_launch.compose import compose
+from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError
 from spd_launch.ledger import describe
 from spd_launch.plan import clean, group, make_plan, run_ids, shape
@@ -88,7 +88,7 @@ def test_one_array_for_each_resource_request() -> None:
     assert describe(plan)["arrays"][0]["runs"] == [plan.tasks[i].run_id for i in (0, 2, 5)]
 
 
-def lm(**changes: object) -> RunConfig:
+def lm(**changes: object) -> JobConfig:
     values = compose(["+experiment=ss_llama_simple-1L", "cluster=cpu"], multirun=False)[0].values
     return validate(values | changes)
 

@@ -11,8 +11,8 @@ import pytest
 from launch_configs import STORED, config
 from submitit.slurm.slurm import _make_sbatch_string
 
-from spd_core.config import RunConfig
 from spd_launch import local
+from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError
 from spd_launch.ledger import LaunchDir
 from spd_launch.plan import make_plan
@@ -20,7 +20,7 @@ from spd_launch.submit import _copy_setup, _outside_of_jobs, job_parameters
 from spd_launch.task import STOPPED, Stop, place_from_environment
 
 
-def script(folder: Path, *runs: RunConfig, n_arrays: int = 1, after: str | None = None) -> str:
+def script(folder: Path, *runs: JobConfig, n_arrays: int = 1, after: str | None = None) -> str:
     plan = make_plan([({"seed": str(i)}, run) for i, run in enumerate(runs)], "now", "ab12", STORED)
     launch = LaunchDir(folder / plan.launch_id)
     parameters = job_parameters(launch, plan.arrays[0], Path("/the code"), n_arrays, after)
