@@ -1,6 +1,5 @@
 """Small runs of every kind, started as real processes, and what one run must share with another."""
 
-import json
 import multiprocessing
 import os
 import sys
@@ -9,14 +8,15 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 
-from spd_core.config import config_to_yaml
-from spd_core.run_dir import RunDir, read_metrics, write_atomic
+from spd_core.run_dir import RunDir, read_metrics
 from spd_launch.compose import compose
+from spd_launch.ledger import LaunchDir, new_launch, record
 from spd_launch.run_record import read_status
 from spd_launch.task import STOPPED
 from spd_launch.validate import validate
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 SMALL = (
     "cluster=local", "train.device=cpu", "train.steps=24", "train.batch_size=32",
     "train.faithfulness_warmup.steps=3", "eval.every=8", "eval.slow_every=24", "eval.steps=1",
@@ -74,6 +74,7 @@ class Run:
     """One run in a folder of outputs of its own, worked on by `ranks` at times."""
 
     case: str
+    launch: LaunchDir
     run_dir: RunDir
     dp: int
     ranks: list[multiprocessing.Process] = field(default_factory=list)
@@ -82,20 +83,21 @@ class Run:
     @property
     def state(self) -> str:
         status = read_status(self.run_dir)
-        return "none" if status is None else status.state
+        assert status is not None
+        return status.state
 
     @property
     def log(self) -> Path:
-        return self.run_dir.path / "log.txt"
+        return self.launch.logs / "log.txt"
 
 
 def make_run(case: str, out: Path) -> Run:
+    """Launched as far as can be without starting it."""
     [composed] = compose([*SMALL, *CASES[case], f"launch.out_dir='{out}'"], multirun=False)
-    config = validate(composed.values)
-    run_dir = RunDir(out / "runs" / "run")
-    run_dir.path.mkdir(parents=True)
-    write_atomic(run_dir.config_file, config_to_yaml(config))
-    return Run(case, run_dir, config.dp)
+    plan, launch = new_launch([(composed.overrides, validate(composed.values))])
+    record(launch, plan, ROOT, None)
+    [task] = plan.tasks
+    return Run(case, launch, launch.run_dir(task.run_id), task.config.dp)
 
 
 def prepare() -> None:
@@ -129,9 +131,8 @@ def _rank(rank: int, run: Run) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run.dp)}
-    path = str(run.run_dir.path)
-    os.environ |= {"SPD_JOB_ID": f"local-chaos-{run.attempt}", "SPD_CHAOS": path}
-    sys.argv = ["task", path]
+    os.environ |= {"SPD_JOB_ID": f"local-chaos-{run.attempt}", "SPD_CHAOS": str(run.run_dir.path)}
+    sys.argv = ["task", str(run.launch.path), run.run_dir.path.name]
     sys.exit(task.main())
 
 
@@ -184,9 +185,10 @@ def _files(run: Run) -> dict[str, bytes]:
     kept = {}
     for folder in (run.run_dir.checkpoints, run.run_dir.figures, run.run_dir.targets):
         for file in folder.rglob("*"):
-            damaged = any(part.startswith("damaged_") for part in file.parts)
-            if file.is_file() and not damaged and file.suffix != ".lock":
-                kept[str(file.relative_to(run.run_dir.targets.parent))] = file.read_bytes()
+            place = file.relative_to(folder.parent)
+            litter = any(part.startswith((".", "damaged_")) for part in place.parts)
+            if file.is_file() and not litter and file.suffix != ".lock":
+                kept[str(place)] = file.read_bytes()
     assert run.run_dir.report_file.exists(), "no report"
     return kept
 
@@ -194,12 +196,3 @@ def _files(run: Run) -> dict[str, bytes]:
 def steps_saved(run: Run) -> list[int]:
     names = [p.name for p in run.run_dir.checkpoints.glob("step_*")]
     return sorted(int(name.removeprefix("step_")) for name in names)
-
-
-def describe(run: Run) -> str:
-    saved = steps_saved(run)
-    meta = {
-        p.parent.name: json.loads(p.read_text())
-        for p in run.run_dir.checkpoints.glob("*/meta.json")
-    }
-    return f"state {run.state}, checkpoints {saved}, {meta}"
