@@ -2,9 +2,7 @@
 
 import json
 import platform
-import socket
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -12,7 +10,6 @@ from typing import Literal
 from spd_core.base_config import BaseConfig
 from spd_core.run_dir import RunDir, write_atomic
 
-HEARTBEAT_S = 10.0
 State = Literal["pending", "running", "stopped", "finished", "failed", "cancelled"]
 
 
@@ -35,28 +32,6 @@ def read_status(run_dir: RunDir) -> Status | None:
 
 def write_status(run_dir: RunDir, status: Status) -> None:
     write_atomic(run_dir.status_file, status.model_dump_json() + "\n")
-
-
-class Progress:
-    """The status of a run while this process works on it; without a folder nothing is written."""
-
-    def __init__(self, run_dir: RunDir | None, steps: int, attempt: int, job_id: str) -> None:
-        self.run_dir, self.steps, self.attempt, self.job_id = run_dir, steps, attempt, job_id
-        self.step, self.written = 0, float("-inf")
-
-    def at(self, step: int) -> None:
-        """So many steps are done; written down once in a while."""
-        self.step = step
-        if time.monotonic() - self.written > HEARTBEAT_S:
-            self.write("running")
-            self.written = time.monotonic()
-
-    def write(self, state: State) -> None:
-        if self.run_dir is not None:
-            write_status(self.run_dir, Status(
-                state=state, step=self.step, steps=self.steps, heartbeat=time.time(),
-                attempt=self.attempt, job_id=self.job_id, host=socket.gethostname(),
-            ))  # fmt: skip
 
 
 def write_environment(run_dir: RunDir) -> None:

@@ -21,11 +21,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
+
+from rich.console import Console
 
 from spd_core.run_dir import RunDir, write_atomic
 from spd_launch.config import ClusterConfig, JobConfig
@@ -40,7 +41,8 @@ from spd_launch.ledger import (
     read_task,
 )
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
-from spd_launch.run_record import Progress, read_status, write_environment
+from spd_launch.progress import Heartbeat, StepBar
+from spd_launch.run_record import read_status, write_environment
 from spd_launch.upload import uploading
 
 if TYPE_CHECKING:
@@ -51,7 +53,6 @@ OWNER_S, TAKEOVER_S = 5.0, 120.0  # how often an attempt looks whether it is the
 # Else glibc gives the memory of every large tensor back to the kernel, which fills each page of the
 # next one with zeros: half the time of a toy model's step.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-AfterStep = Callable[[int], bool]
 
 
 def rank_environment(cluster: ClusterConfig, python_path: Path) -> dict[str, str]:
@@ -220,20 +221,15 @@ def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
     if dist.is_main:
         write_environment(run_dir)
     written = run_dir if dist.is_main else None
-    progress = Progress(written, n_steps(config), meeting.attempt, place.job_id)
-    progress.write("running")
-
-    def after_step(step: int) -> bool:
-        progress.at(step)
-        return stop()
-
+    heartbeat = Heartbeat(written, n_steps(config), meeting.attempt, place.job_id)
+    heartbeat.write("running")
     train = {"decomposition": _decompose, "target": _train_target}[config.launch.goal]
     with watching(dist, meeting.address, lambda: mark(run_dir, "failed")):
         try:
-            outcome = train(config, run_dir, dist, progress, after_step)
+            outcome = train(config, run_dir, dist, heartbeat, stop)
         except BaseException:
             with suppress(OSError):
-                progress.write("failed")
+                heartbeat.write("failed")
             raise
         distributed.barrier(dist)  # srun --wait ends a job a minute after its first rank left
     if outcome == "finished":
@@ -242,31 +238,43 @@ def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
 
 
 def _decompose(
-    config: JobConfig, run_dir: RunDir, dist: "Dist", progress: Progress, after_step: AfterStep
+    config: JobConfig, run_dir: RunDir, dist: "Dist", heartbeat: Heartbeat, stop: Stop
 ) -> Literal["finished", "stopped"]:
     from spd_core.train import train
 
+    shown = StepBar(config.train.steps, Console(quiet=not dist.is_main))
+
+    def after_step(step: int, values: dict[str, float]) -> bool:
+        heartbeat.at(step)
+        shown.at(step, values)
+        return stop()
+
     with uploading(config, run_dir) if dist.is_main else nullcontext():
-        outcome = train(config, run_dir, dist, after_step)
-        progress.write(outcome)
+        try:
+            outcome = train(config, run_dir, dist, after_step)
+        finally:
+            shown.bar.stop()
+        heartbeat.write(outcome)
     if outcome == "finished" and dist.is_main:
         _report(run_dir)
     return outcome
 
 
 def _train_target(
-    config: JobConfig, run_dir: RunDir, dist: "Dist", progress: Progress, after_step: AfterStep
+    config: JobConfig, run_dir: RunDir, dist: "Dist", heartbeat: Heartbeat, stop: Stop
 ) -> Literal["finished", "stopped"]:
-    from rich.console import Console
-
     from spd_core.targets.train_target import target_folder, train_target
+
+    def after_step(step: int) -> bool:
+        heartbeat.at(step)
+        return stop()
 
     console = Console(quiet=not dist.is_main)
     outcome = train_target(config, run_dir.targets, dist, console, after_step)
     if outcome == "finished":
-        progress.at(n_steps(config))
+        heartbeat.at(n_steps(config))
         console.print(f"the target is in {target_folder(config, run_dir.targets)}", soft_wrap=True)
-    progress.write(outcome)
+    heartbeat.write(outcome)
     return outcome
 
 

@@ -66,7 +66,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "language model and its target, 2 ranks": (*TEXT, *NO_FIGURES, "dp=2"),
 }  # fmt: skip
-TIMED = ("time", "examples_per_s", "tokens_per_s", "eval_cost/")
+TIMED = ("time", "examples_per_s", "tokens_per_s", "eval_cost/", "checkpoint_cost_s")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from spd_launch.upload import files_to_load
 @pytest.fixture
 def finished(make_config, make_run_dir, one_process):
     run_dir, config = make_run_dir("a_run"), make_config()
-    train(config, run_dir, one_process, lambda _step: False)
+    train(config, run_dir, one_process, lambda _step, _values: False)
     run_dir.config_file.write_text(config_to_yaml(config))
     return run_dir
 
