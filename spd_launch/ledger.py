@@ -30,7 +30,7 @@ from spd_launch.plan import LaunchPlan, Task, make_plan, shape
 from spd_launch.run_record import Status, read_status, write_status
 from spd_launch.snapshot import drop_snapshot
 
-ERROR = "error.txt"  # in a run's folder
+ERROR, CRASHES = "error.txt", "crashes.jsonl"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,29 @@ def mark_failed(run_dir: RunDir, error: BaseException) -> None:
     mark(run_dir, "failed")
 
 
+def note_crash(run_dir: RunDir, job_id: str, error: BaseException) -> bool:
+    """Write down at which step a job crashed; whether the run got further than last time."""
+    status, crashes = read_status(run_dir), _crashes(run_dir)
+    assert status is not None, f"no status of {run_dir.path.name}"
+    further = not crashes or status.step > crashes[-1]["step"]
+    crashes.append({
+        "step": status.step, "job_id": job_id, "time": time.time(), "requeued": further,
+        "error": f"{type(error).__name__}: {error}",
+    })  # fmt: skip
+    write_atomic(run_dir.path / CRASHES, "".join(json.dumps(c) + "\n" for c in crashes))
+    return further
+
+
+def n_crash_requeues(run_dir: RunDir, job_id: str) -> int:
+    """How many turns of this job were for crashes, and not for time limits and preemptions."""
+    return sum(c["requeued"] for c in _crashes(run_dir) if c["job_id"] == job_id)
+
+
+def _crashes(run_dir: RunDir) -> list[dict[str, Any]]:
+    file = run_dir.path / CRASHES
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def read_error(run_dir: RunDir) -> str:
     """What a failed run failed of, in one line; empty where it had no time to say."""
     file = run_dir.path / ERROR
@@ -219,6 +242,9 @@ def _pending(config: JobConfig) -> Status:
 def note_jobs(launch: LaunchDir, kind: str, jobs: dict[str, str]) -> None:
     """Append one line: kind (submit, local, cancel) and run id -> job id."""
     line = {"kind": kind, "time": time.time(), "host": socket.gethostname(), "jobs": jobs}
+    if launch.jobs_file.exists():  # a kill, or a full disk, may have left half a line
+        whole = launch.jobs_file.read_bytes().rpartition(b"\n")
+        os.truncate(launch.jobs_file, len(whole[0] + whole[1]))
     with open(launch.jobs_file, "a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -229,7 +255,9 @@ def latest_jobs(launch: LaunchDir) -> dict[str, str]:
     """run id -> the job it was last given."""
     jobs: dict[str, str] = {}
     if launch.jobs_file.exists():
-        for line in launch.jobs_file.read_text().splitlines():
+        for line in launch.jobs_file.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue  # half written
             entry = json.loads(line)
             jobs.update(entry["jobs"] if entry["kind"] != "cancel" else {})
     return jobs

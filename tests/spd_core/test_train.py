@@ -16,7 +16,7 @@ from spd_core.run_dir import read_metrics, write_atomic
 from spd_core.step import accumulate_gradients, coefficients, optimisation_step
 from spd_core.train import build_model, build_optimizer, faithfulness_warm_up, train
 
-VOLATILE = ("time", "examples_per_s", "eval_cost/")
+VOLATILE = ("time", "examples_per_s", "eval_cost/", "checkpoint_cost_s")
 
 
 def never(_step, _values):
@@ -132,6 +132,29 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(start, make
     assert_same_run(whole, run_dir)
 
 
+def test_where_every_checkpoint_is_damaged_a_run_starts_anew(start, make_config):
+    whole, _ = start("whole", make_config())
+    run_dir, _ = start("damaged", make_config(), stop_after(5))
+    for folder in run_dir.checkpoints.iterdir():
+        write_atomic(folder / "meta.json", "5")
+    start("damaged", make_config())
+    assert_same_run(whole, run_dir)
+    damaged = [f.name for f in run_dir.checkpoints.glob("damaged_*")]
+    assert sorted(damaged) == ["damaged_step_4", "damaged_step_5"]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(start, make_config, monkeypatch):
+    whole, _ = start("whole", make_config())
+    full = OSError("no space left on device")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr("spd_core.checkpoint.save_file", lambda *_: (_ for _ in ()).throw(full))
+        start("full", make_config())
+    run_dir = start.folders["full"]
+    assert checkpoint_steps(run_dir) == [] and metrics(run_dir)[-1]["step"] < 6
+    start("full", make_config())
+    assert_same_run(whole, run_dir)
+
+
 def test_the_ambient_random_state_changes_nothing(start, make_config):
     first, _ = start("first", make_config())
     torch.manual_seed(99)
@@ -187,13 +210,18 @@ def test_evaluation_never_changes_the_weights(overrides, start, make_config):
 
 def test_figures_never_change_the_weights(start, make_config, monkeypatch):
     drawn = []
-    monkeypatch.setattr(
-        "matplotlib.figure.Figure.savefig", lambda _, path, **__: drawn.append(path)
-    )
+
+    def note(_figure, path, **_options):
+        path.touch()
+        drawn.append(path)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", note)
     first, _ = start("first", make_config())
     second, _ = start("second", make_config("eval.slow_every=3", figures=True))
     assert_same_weights(first, second)
-    assert sorted(path.stem for path in drawn) == sorted(FIGURES * 2)
+    assert sorted(path.name.split(".")[1] for path in drawn) == sorted(FIGURES * 2)
+    kept = [path.stem for path in second.figures.rglob("*") if path.is_file()]
+    assert sorted(kept) == sorted(FIGURES * 2)
 
 
 def test_what_is_alive_survives_a_stop(start, make_config):
@@ -223,7 +251,9 @@ DIVERGE = "train.lr={kind:constant,start:1e30,end:1e30,warmup_fraction:0.0}"
 
 
 def test_a_loss_that_is_not_finite_raises(start, make_config):
-    with pytest.raises(FloatingPointError, match="step"):
+    with pytest.raises(
+        FloatingPointError, match=r"step \d+: loss/.* nan.*grad_norm.*last checkpoint"
+    ):
         start("nan", make_config(DIVERGE))
     losses = [r["loss/total"] for r in metrics(start.folders["nan"]) if "loss/total" in r]
     assert losses and all(abs(value) < float("inf") for value in losses)
