@@ -9,7 +9,6 @@ TERM (preemption, or scancel)      save together, then WAIT to be killed: who ex
                                    a cancelled job must not requeue itself.
 Locally, INT and TERM save and exit with 130.
 A job that crashes is requeued as well, if it got further than at its last crash.
-A job that crashes is requeued as well, if it got further than at its last crash.
 A toy target cannot be saved on its way: it goes on, and starts anew where it is killed.
 """
 
