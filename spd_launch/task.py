@@ -30,18 +30,10 @@ from rich.console import Console
 from spd_core.run_dir import RunDir, write_atomic
 from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError, exit_with
-from spd_launch.ledger import (
-    LaunchDir,
-    mark,
-    mark_failed,
-    n_crash_requeues,
-    n_steps,
-    note_crash,
-    read_task,
-)
+from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_task
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
 from spd_launch.progress import Heartbeat, StepBar
-from spd_launch.run_record import read_status, write_environment
+from spd_launch.run_record import n_crash_requeues, note_crash, read_status, write_environment
 from spd_launch.upload import uploading
 
 if TYPE_CHECKING:
@@ -123,7 +115,7 @@ def run(launch_dir: str, run_id: str) -> None:
     """
     stop = Stop()
     os.umask(0o002)
-    _check_code()
+    check_code()
     launch = LaunchDir(Path(launch_dir))
     run_dir, config = launch.run_dir(run_id), read_task(launch, run_id).config
     place = place_from_environment(config.cluster.kind)
@@ -311,7 +303,7 @@ def _report(run_dir: RunDir) -> None:
     print_summary(run_dir)
 
 
-def _check_code() -> None:
+def check_code() -> None:
     """The imported packages are the snapshot's, not what lies in another place of sys.path."""
     import spd_core
 
