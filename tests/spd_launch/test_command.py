@@ -14,7 +14,7 @@ from launch_configs import config
 from spd_launch import ledger
 from spd_launch.compose import compose
 from spd_launch.errors import LaunchError
-from spd_launch.ledger import find_launch, new_launch, read_tasks, record
+from spd_launch.ledger import find_launch, new_launch, read_task, read_tasks, record
 from spd_launch.validate import validate, validate_all
 
 ROOT = Path(__file__).parent.parent.parent
@@ -155,6 +155,9 @@ def test_a_launch_on_disk(tmp_path: Path) -> None:
     }
     assert [t.run_id for t in read_tasks(launch)] == [t.run_id for t in plan.tasks]
     assert read_tasks(launch)[1].config == runs[1][1]
+    assert [read_task(launch, t.run_id) for t in plan.tasks] == plan.tasks  # what a rank reads
+    with pytest.raises(LaunchError, match="no run 'another'"):
+        read_task(launch, "another")
     status = json.loads((launch.run_dir(plan.tasks[0].run_id).status_file).read_text())
     assert (status["state"], status["attempt"], status["steps"]) == ("pending", 0, 4)
     for name in ("latest", launch.launch_id[:15], launch.launch_id[-4:]):
