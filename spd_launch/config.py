@@ -32,7 +32,7 @@ class ClusterConfig(BaseConfig):
 
 class LaunchConfig(BaseConfig):
     out_dir: Path
-    name: str | None = Field(description="name of the launch; null = the experiment's")
+    name: str | None = Field(description="name of the launch; null = the sweep's or experiment's")
     goal: Literal["decomposition", "target"] = Field(
         description="target = only put the target into the store, where runs find it"
     )
@@ -40,6 +40,8 @@ class LaunchConfig(BaseConfig):
     max_parallel: Count | None = Field(description="array tasks at one time; null = no limit")
     snapshot: Literal["copy", "off"]
     max_requeues: Annotated[int, Field(ge=0)]
+    then: list[str] = Field(description="steps that follow the runs, in this order")
+    then_needs: Literal["all", "any"] = Field(description="runs that steps of the launch need")
 
 
 class JobConfig(RunConfig):
