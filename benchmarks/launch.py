@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace, out_dir: Path) -> dict[str, float | int
     with _timed(times, "snapshot_s"):
         code = take_snapshot(PACKAGE_ROOT, launch.code, plan.launch_id, out_dir)
     with _timed(times, "record_s"):
-        record(launch, plan, code.python_path, code.commit)
+        record(launch, plan, code, [])
     with _timed(times, "submit_s"):
         jobs = {} if options.dry else submit(launch, plan.tasks, code.python_path)
     times["total_s"] = time.perf_counter() - start

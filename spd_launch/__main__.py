@@ -83,6 +83,7 @@ def _show_config(composed: list[Composed]) -> int:
 def launch(composed: list[Composed]) -> int:
     """Validate every run, then send all of them or none."""
     from spd_core.targets.store import target_name
+    from spd_launch.done import leave_out_done
     from spd_launch.inputs import check_inputs
     from spd_launch.ledger import all_or_nothing, new_launch, record, stored_targets
     from spd_launch.plan import make_plan
@@ -91,6 +92,10 @@ def launch(composed: list[Composed]) -> int:
 
     runs = validate_all(composed)
     options = runs[0][1].launch
+    runs, done = leave_out_done(runs, print)
+    if not runs:
+        print("nothing to do")
+        return 0
     plan = make_plan(runs, "DRYRUN", "0000", stored_targets(runs))
     if options.dry_run:
         return _show_plan(plan)
@@ -102,10 +107,10 @@ def launch(composed: list[Composed]) -> int:
         return 0
     plan, folder = new_launch(runs)
     with all_or_nothing(folder, plan):
-        code = Snapshot(PACKAGE_ROOT, None)
+        code = Snapshot(PACKAGE_ROOT, None, None)
         if options.snapshot == "copy":
             code = take_snapshot(PACKAGE_ROOT, folder.code, plan.launch_id, options.out_dir)
-        record(folder, plan, code.python_path, code.commit)
+        record(folder, plan, code, done)
         return start(folder, plan.tasks, plan.cluster.kind, code.python_path)
 
 

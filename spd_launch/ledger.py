@@ -4,6 +4,7 @@ A launch is one execution of one command; a run is one trained thing. `jobs.json
 each submission, local execution and cancellation, so a run's history stays readable.
 """
 
+import ctypes
 import json
 import os
 import secrets
@@ -20,15 +21,15 @@ from typing import Any
 
 import yaml
 
-from spd_core.config import config_digest, config_to_yaml, load_config
+from spd_core.config import config_to_yaml, load_config
 from spd_core.run_dir import RunDir, write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
-from spd_launch.config import JobConfig, run_config
+from spd_launch.config import JobConfig, result_digest, run_config
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, make_plan, shape
 from spd_launch.run_record import Status, read_status, write_status
-from spd_launch.snapshot import drop_snapshot
+from spd_launch.snapshot import Snapshot, drop_snapshot
 
 ERROR = "error.txt"  # in a run's folder
 
@@ -129,10 +130,11 @@ def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
         raise
 
 
-def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str | None) -> None:
+def record(launch: LaunchDir, plan: LaunchPlan, code: Snapshot, done: Sequence[str]) -> None:
     """Write what is launched, and every run's frozen config: all before the first submission.
 
-    A run's folder says what is trained; where and how it runs stands in the launch's own.
+    A run's folder says what is trained; where and how it runs stands in the launch's own. `done`
+    are the ids of earlier runs that stand for those that were left out.
     """
     info = {
         "launch_id": plan.launch_id,
@@ -141,17 +143,36 @@ def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str |
         "cwd": str(Path.cwd()),
         "host": socket.gethostname(),
         "python": sys.executable,
-        "python_path": str(python_path),
-        "commit": commit,
+        "python_path": str(code.python_path),
+        "commit": code.commit,
+        "code": code.digest,
+        "done": list(done),
         "kind": plan.cluster.kind,
     }
+    # Nobody reads these before launch.yaml is there, so they are synced together.
     for task in plan.tasks:
         run_dir = launch.run_dir(task.run_id)
-        write_atomic(run_dir.config_file, config_to_yaml(run_config(task.config)))
-        write_status(run_dir, _pending(task.config))
-    write_atomic(launch.tasks_file, "".join(json.dumps(_row(t)) + "\n" for t in plan.tasks))
-    write_atomic(launch.plan_file, json.dumps(describe(plan), indent=1) + "\n")
+        run_dir.config_file.write_text(config_to_yaml(run_config(task.config)))
+        run_dir.status_file.write_text(_pending(task.config).model_dump_json() + "\n")
+    launch.tasks_file.write_text("".join(json.dumps(_row(t)) + "\n" for t in plan.tasks))
+    launch.plan_file.write_text(json.dumps(describe(plan), indent=1) + "\n")
+    _sync_file_system(launch.path)
     write_atomic(launch.launch_file, yaml.safe_dump(info, sort_keys=False))
+
+
+def _sync_file_system(folder: Path) -> None:
+    """All that was written is on the disk: one call, where fsync of a thousand runs takes minutes.
+
+    `os.sync` would also wait for every other disk of the machine, and for ever for a lost one.
+    """
+    if sys.platform != "linux":
+        os.sync()
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    failed = ctypes.CDLL(None, use_errno=True).syncfs(descriptor)
+    os.close(descriptor)
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
 
 
 def _row(task: Task) -> dict[str, Any]:
@@ -160,7 +181,7 @@ def _row(task: Task) -> dict[str, Any]:
         "run_id": task.run_id,
         "overrides": task.overrides,
         "after": task.after,
-        "digest": config_digest(run_config(task.config)),
+        "digest": result_digest(task.config),
         "cluster": task.config.cluster.model_dump(mode="json"),
         "launch": task.config.launch.model_dump(mode="json"),
     }
