@@ -15,7 +15,7 @@ from torch import Tensor
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.config import metrics as options
-from spd_core.config.losses import AnyLossConfig
+from spd_core.config.losses import LossConfig
 from spd_core.data.batches import Batch, Decomposition, make_batch, n_features
 from spd_core.distributed import over_ranks, synchronise
 from spd_core.losses import loss_parts, prepare_step
@@ -140,7 +140,7 @@ class Evaluation(Decomposition):
         randomness = StepRandomness(seed, i, rank, n_ranks, size, device, phase="eval")
         return make_batch(self, randomness, purpose)
 
-    def losses(self, losses: dict[str, AnyLossConfig], batch: Batch) -> Sums:
+    def losses(self, losses: dict[str, LossConfig], batch: Batch) -> Sums:
         step = prepare_step(self, losses, lambda: [batch], 1, self.position)
         return self.pairs({n: loss_parts(n, loss, batch, step) for n, loss in losses.items()})
 
@@ -183,7 +183,7 @@ def _sums(name: str, o: Any, at: Evaluation, batch: Batch) -> Sums:
             return ci.component_sums(batch.ci, o.threshold)
         case "ci_mean_per_component" | "uv_plots":
             return ci.component_sums(batch.ci, threshold=None)
-        case _ if isinstance(o, AnyLossConfig):
+        case _ if isinstance(o, LossConfig):
             return at.losses({name: o}, batch)
         case _ if isinstance(o, options.CustomMetricConfig) and o.kind == "metric":
             part = load_part(f"eval.metrics.{name}", o, "metric")

@@ -64,13 +64,7 @@ def masks_from_sources(
     for name, route in routes.items():
         lower, source = ci[name].lower, sources[name]
         C = lower.shape[-1]
-        delta_mask = source[..., C] if source.shape[-1] > C else None
-        masks[name] = MaskInfo(interpolate(lower, source[..., :C]), delta_mask, route)
+        r, delta_mask = source[..., :C], source[..., C] if source.shape[-1] > C else None
+        mask = torch.addcmul(r, lower, 1 - r)  # r + ci (1 - r)
+        masks[name] = MaskInfo(mask, delta_mask, route)
     return masks
-
-
-def interpolate(
-    ci: Float[Tensor, "... C"], source: Float[Tensor, "... C"]
-) -> Float[Tensor, "... C"]:
-    """m = ci + (1 - ci) r, written as r + ci (1 - r)."""
-    return torch.addcmul(source, ci, 1 - source)

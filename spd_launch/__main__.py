@@ -5,6 +5,7 @@ Compose, validate, plan, take a snapshot of the code, then run here or submit to
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 from spd_launch.compose import (
@@ -17,6 +18,7 @@ from spd_launch.compose import (
     sweep_names,
 )
 from spd_launch.errors import LaunchError, exit_with
+from spd_launch.steps import STEPS
 
 USAGE = "python -m spd_launch [-m] +experiment=NAME [key=value ...]"
 EXAMPLES = """examples:
@@ -85,8 +87,8 @@ def launch(composed: list[Composed]) -> int:
     from spd_core.targets.store import target_name
     from spd_launch.done import leave_out_done
     from spd_launch.inputs import check_inputs
-    from spd_launch.ledger import all_or_nothing, new_launch, record, stored_targets
-    from spd_launch.plan import make_plan
+    from spd_launch.ledger import all_or_nothing, new_launch, read_rows, record, stored_targets
+    from spd_launch.plan import make_plan, step_tasks
     from spd_launch.snapshot import Snapshot, take_snapshot
     from spd_launch.validate import validate_all
 
@@ -111,7 +113,9 @@ def launch(composed: list[Composed]) -> int:
         if options.snapshot == "copy":
             code = take_snapshot(PACKAGE_ROOT, folder.code, plan.launch_id, options.out_dir)
         record(folder, plan, code, done)
-        return start(folder, plan.tasks, plan.cluster.kind, code.python_path)
+        steps = [row for row in read_rows(folder) if row.goal in STEPS]
+        tasks = plan.tasks + step_tasks(steps, {t.run_id: t.config for t in plan.tasks})
+        return start(folder, tasks, plan.cluster.kind, code.python_path)
 
 
 def _take_targets(configs) -> None:
@@ -156,10 +160,8 @@ def start(folder, tasks, kind: str, python_path: Path) -> int:
 
 
 def _count(tasks) -> str:
-    n_targets = sum(task.config.launch.goal == "target" for task in tasks)
-    parts = [f"{n_targets} target(s)"] if n_targets else []
-    if n_targets < len(tasks):
-        parts.append(f"{len(tasks) - n_targets} run(s)")
+    n = Counter({"target": "target", "decomposition": "run"}.get(t.goal, "step") for t in tasks)
+    parts = [f"{n[kind]} {kind}(s)" for kind in ("target", "run", "step") if n[kind]]
     return " and ".join(parts)
 
 
@@ -179,6 +181,11 @@ def _show_plan(plan) -> int:
             typed = " ".join(f"{key}={value}" for key, value in task.overrides.items())
             after = "" if task.after is None else f"   after {task.after}"
             print(f"  {task.run_id}   {typed}{after}")
+    launch = plan.tasks[0].config.launch
+    for step in launch.then:
+        each = f"{launch.then_needs} of the runs have finished"
+        each = "a run has finished, for that run" if STEPS[step].of_each == "run" else each
+        print(f"then {step}, when {each}")
     print("dry run: nothing written, nothing sent")
     return 0
 

@@ -43,6 +43,8 @@ class LaunchConfig(BaseConfig):
         description="what to do with a run that has finished before; auto = skip in sweeps"
     )
     max_requeues: Annotated[int, Field(ge=0)]
+    then: list[str] = Field(description="steps that follow the runs, in this order")
+    then_needs: Literal["all", "any"] = Field(description="runs that steps of the launch need")
 
 
 class JobConfig(RunConfig):

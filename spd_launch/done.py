@@ -87,7 +87,7 @@ def _rows_of(tasks_file: Path, digests: set[str]) -> list[dict[str, Any]]:
     """The decompositions of a launch with one of these digests; other lines are not parsed."""
     lines = tasks_file.read_text().splitlines()
     rows = [json.loads(line) for line in lines if not digests.isdisjoint(DIGEST.findall(line))]
-    return [row for row in rows if row["launch"]["goal"] == "decomposition"]
+    return [row for row in rows if row["goal"] == "decomposition"]
 
 
 def _finished(launch: LaunchDir, row: dict[str, Any]) -> bool:

@@ -9,14 +9,16 @@ a resumed run keeps its own.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from spd_core.config import config_digest
 from spd_core.targets.config import TransformerTargetConfig
 from spd_core.targets.store import target_name
 from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError
+from spd_launch.steps import Row
 
 MAX_NAME = 100  # of a run, without the suffix
 MAX_VALUE = 24
@@ -24,10 +26,12 @@ MAX_VALUE = 24
 
 @dataclass(frozen=True)
 class Task:
-    """One run: a whole job or one element of an array, with `nodes` x `tasks_per_node` ranks.
+    """A whole job or one element of an array, with `nodes` x `tasks_per_node` ranks.
 
-    `config.launch.goal` says whether it is a decomposition or the training of a target; `after` is
-    the run id of the task that puts its target into the store first.
+    `goal` is decomposition, target (the training of one), or the step that it is of those that
+    follow the runs. `after` is the run id of the task that comes first: the one that puts the
+    target of a decomposition into the store, or the run that a step looks at. A step's `run_id` is
+    its name, and its config that of its run, or of the first run.
     """
 
     index: int
@@ -37,6 +41,7 @@ class Task:
     nodes: int
     tasks_per_node: int
     after: str | None
+    goal: str
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,9 @@ def make_plan(
     ]
     named += [(ids[name], {}, config, None) for name, config in targets.items()]
     tasks = [
-        Task(index, run_id, overrides, config, *shape(config.cluster, config.dp), after)
-        for index, (run_id, overrides, config, after) in enumerate(named)
+        Task(i, run_id, overrides, config, *shape(config.cluster, config.dp), after, goal)
+        for i, (run_id, overrides, config, after) in enumerate(named)
+        for goal in [config.launch.goal]
     ]
     kinds = {config.cluster.kind for _, config in runs}
     if len(kinds) > 1:
@@ -131,14 +137,64 @@ def _target_run(config: JobConfig) -> JobConfig:
 def group(tasks: Sequence[Task]) -> tuple[Array, ...]:
     """Arrays, those of targets first; all tasks of a Slurm array share request and dependency."""
     groups: dict[tuple[str, str, int, int, str | None], list[Task]] = {}
-    for task in sorted(tasks, key=lambda t: t.config.launch.goal == "decomposition"):
-        goal, digest = task.config.launch.goal, config_digest(task.config.cluster)
-        key = (goal, digest, task.nodes, task.tasks_per_node, task.after)
+    for task in sorted(tasks, key=lambda t: t.goal == "decomposition"):
+        digest = config_digest(task.config.cluster)
+        key = (task.goal, digest, task.nodes, task.tasks_per_node, task.after)
         groups.setdefault(key, []).append(task)
     return tuple(
         Array(g[0].config.cluster, g[0].nodes, g[0].tasks_per_node, tuple(g))
         for g in groups.values()
     )
+
+
+def step_tasks(rows: Sequence[Row], configs: Mapping[str, JobConfig]) -> list[Task]:
+    """Steps as tasks of one process; `configs` has those of their runs, and first the first's."""
+    return [
+        Task(row.index, row.name, {}, config, 1, 1, row.after, row.goal)
+        for row in rows
+        for config in [configs[row.after or next(iter(configs))]]
+    ]
+
+
+def step_arrays(
+    tasks: Sequence[Task],
+    ends: Mapping[str | None, str],
+    sent: Collection[str],
+    needs: Literal["all", "any"],
+) -> list[tuple[Array, str | None]]:
+    """The tasks of one step as arrays, each with its dependency in Slurm's words.
+
+    `ends` holds the job that each run's chain ends with so far, by run id, and under None the last
+    step of the whole launch; what is over is absent. Of these, `sent` are sent with this step. A
+    step of a run waits for its run, element by element where those are an array (aftercorr); a
+    step of the launch waits for all of them.
+    """
+    word = {"all": "afterok", "any": "afterany"}[needs]
+    last = [f"{word}:{ends[None]}"] if None in ends else []
+    found: list[tuple[Array, list[str]]] = []
+    groups: dict[tuple[str, str], list[Task]] = {}
+    for task in tasks:
+        array = ends.get(task.after, "").split("_")[0] if task.after is not None else ""
+        groups.setdefault((array, config_digest(task.config.cluster)), []).append(task)
+    for (array, _), members in groups.items():
+        before = [ends[task.after] for task in members if task.after in ends]
+        if members[0].after is None:
+            ids = dict.fromkeys(job.split("_")[0] if job in sent else job for job in ends.values())
+            found.append((_of_one_process(members), [f"{word}:{':'.join(ids)}"] if ids else []))
+        elif not before:
+            found.append((_of_one_process(members), last))
+        elif before == [f"{array}_{i}" for i in range(len(members))]:
+            found.append((_of_one_process(members), [f"aftercorr:{array}", *last]))
+        else:
+            found += [
+                (_of_one_process([task]), [f"afterok:{job}", *last])
+                for task, job in zip(members, before, strict=True)
+            ]
+    return [(array, ",".join(dependency) or None) for array, dependency in found]
+
+
+def _of_one_process(tasks: Sequence[Task]) -> Array:
+    return Array(tasks[0].config.cluster, 1, 1, tuple(tasks))
 
 
 def shape(cluster: ClusterConfig, dp: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from spd_core.base_config import BaseConfig
 from spd_core.run_dir import RunDir, write_atomic
 
 HEARTBEAT_S = 10.0
+WANDB_URL = "wandb_url.txt"  # in a run's folder
 State = Literal["pending", "running", "stopped", "finished", "failed", "cancelled"]
 
 
@@ -35,6 +36,13 @@ def read_status(run_dir: RunDir) -> Status | None:
 
 def write_status(run_dir: RunDir, status: Status) -> None:
     write_atomic(run_dir.status_file, status.model_dump_json() + "\n")
+
+
+def read_wandb_url(run_dir: RunDir) -> str | None:
+    """Where W&B shows the run; None where it does not."""
+    with suppress(FileNotFoundError):
+        return (run_dir.path / WANDB_URL).read_text().strip()
+    return None
 
 
 class Progress:

@@ -112,7 +112,7 @@ def run(launch_dir: str, run_id: str) -> None:
     """
     stop = Stop()
     os.umask(0o002)
-    _check_code()
+    check_code()
     launch = LaunchDir(Path(launch_dir))
     run_dir, config = launch.run_dir(run_id), read_task(launch, run_id).config
     place = place_from_environment(config.cluster.kind)
@@ -265,7 +265,7 @@ def _report(run_dir: RunDir) -> None:
     print_summary(run_dir)
 
 
-def _check_code() -> None:
+def check_code() -> None:
     """The imported packages are the snapshot's, not what lies in another place of sys.path."""
     import spd_core
 

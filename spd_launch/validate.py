@@ -21,6 +21,7 @@ from spd_core.targets.config import (
 from spd_launch.compose import Composed, as_typed
 from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError, nearest
+from spd_launch.steps import check_steps
 
 LLAMA_MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -78,6 +79,7 @@ def validate(values: dict[str, Any]) -> JobConfig:
     except ValidationError as error:
         raise LaunchError(problems(error, values, JobConfig)) from None
     _check_modules(config)
+    check_steps(config.launch.then, config.launch.goal)
     try:
         check_parts(config)
     except ValueError as error:

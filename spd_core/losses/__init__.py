@@ -34,7 +34,7 @@ class Step:
 @torch.no_grad()
 def prepare_step(
     d: Decomposition,
-    losses: Mapping[str, options.AnyLossConfig],
+    losses: Mapping[str, options.LossConfig],
     batches: Batches,
     n_microbatches: int,
     position: float,
@@ -56,15 +56,13 @@ def prepare_step(
     return step
 
 
-def loss_parts(name: str, config: options.AnyLossConfig, batch: Batch, step: Step) -> LossParts:
+def loss_parts(name: str, config: options.LossConfig, batch: Batch, step: Step) -> LossParts:
     """One loss on this rank as (sum, count); see `distributed` for how ranks add up.
 
     Of microbatches, the losses are averaged: all have the same number of examples.
     """
     model, active, routing = step.d.model, batch.active or batch, _routing(name, config)
     match config:
-        case options.FaithfulnessConfig():
-            return faithfulness(model.components)
         case options.ImportanceMinimalityConfig():
             sums = minimality.power_sums(batch.ci, step.p[name])
             if step.n_microbatches > 1:
@@ -79,16 +77,18 @@ def loss_parts(name: str, config: options.AnyLossConfig, batch: Batch, step: Ste
                 model, lambda: [active], config, routing, name, shared_by=None
             )
             parts = pgd.pgd_recon(model, active, sources, routing, name)
-        case options.ReconConfig() if name == "stochastic_hidden_acts_recon":
+        case _ if name == "faithfulness":
+            return faithfulness(model.components)
+        case _ if name == "stochastic_hidden_acts_recon":
             parts = hidden_acts_recon(model, active, name)
-        case options.ReconConfig() | options.SubsetReconConfig():
+        case _:
             source = cast(Source, name.split("_recon")[0])
             parts = recon(model, active, source, routing, name)
     # Every example counts, also those that add nothing to the sum.
     return parts[0], parts[1] * len(batch.examples) // len(active.examples)
 
 
-def _routing(name: str, config: options.AnyLossConfig) -> Routing:
-    if isinstance(config, options.SubsetReconConfig | options.PGDSubsetReconConfig):
+def _routing(name: str, config: options.LossConfig) -> Routing:
+    if isinstance(config, options.SubsetReconConfig):
         return config.routing
     return "layerwise" if name.endswith("_layerwise") else "all"

@@ -12,8 +12,8 @@ from torch import nn
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel, MaskInfo
 from spd_core.config.losses import (
+    LossConfig,
     PGDReconConfig,
-    ReconConfig,
     SubsetReconConfig,
     UniformKSubsetConfig,
 )
@@ -471,12 +471,12 @@ def test_minimality_at_a_position_of_training(
 
 @pytest.mark.parametrize("experiment", ["tms_5-2", "resid_mlp1"])
 @pytest.mark.parametrize("name, options", [
-    ("unmasked_recon", ReconConfig()),
-    ("ci_masked_recon_layerwise", ReconConfig()),
-    ("stochastic_recon", ReconConfig()),
+    ("unmasked_recon", LossConfig()),
+    ("ci_masked_recon_layerwise", LossConfig()),
+    ("stochastic_recon", LossConfig()),
     ("stochastic_recon_subset", SubsetReconConfig(routing=SUBSET)),
     ("pgd_recon", SHARED_PGD),
-    ("stochastic_hidden_acts_recon", ReconConfig()),
+    ("stochastic_hidden_acts_recon", LossConfig()),
 ])  # fmt: skip
 def test_examples_without_input_add_nothing(name, options, experiment, one_process):
     """The loss looks at the others alone, and has the value and gradient of all examples."""

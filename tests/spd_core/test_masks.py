@@ -11,7 +11,7 @@ from scipy.stats import binomtest, chisquare, kstest
 from spd_core.ci_fns import CausalImportance
 from spd_core.config.losses import StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
-from spd_core.masks import draw_routes, interpolate, masks_from_sources, stochastic_masks
+from spd_core.masks import draw_routes, masks_from_sources, stochastic_masks
 from spd_core.randomness import StepRandomness
 
 UNIT = st.floats(0, 1, width=32)
@@ -19,7 +19,9 @@ UNIT = st.floats(0, 1, width=32)
 
 @given(UNIT, UNIT)
 def test_formula(ci, r):
-    m = interpolate(torch.tensor([ci]), torch.tensor([r])).item()
+    lower = torch.tensor([ci])
+    importances = {"a": CausalImportance(lower, lower, lower)}
+    m = masks_from_sources(importances, {"a": torch.tensor([r])}, {"a": None})["a"].mask.item()
     assert m == pytest.approx(ci + (1 - ci) * r, abs=1e-6)
     assert min(ci, r) - 1e-6 <= m <= 1 + 1e-6
 

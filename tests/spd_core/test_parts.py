@@ -184,7 +184,7 @@ def test_the_inherited_hidden_goes_to_a_class_that_declares_it(folder):
         validate(compose([*kept, *SMALL], multirun=False)[0].values)
     kept = [word.replace("my_parts.ci_fn", "my_parts.deeper") for word in kept]
     config = validate(compose([*kept, *SMALL], multirun=False)[0].values)
-    assert config.decompose.ci_fn.options == {"slope": 2.0, "hidden": [16]}
+    assert config.decompose.ci_fn.model_extra == {"slope": 2.0, "hidden": [16]}
 
 
 @pytest.mark.slow

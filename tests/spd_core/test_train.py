@@ -200,7 +200,7 @@ def test_what_is_alive_survives_a_stop(start, make_config):
     stopped, _ = start("stopped", config, stop_after(4))
     start("stopped", config)
     assert_same_run(whole, stopped)
-    ago = {n: weights(stopped)[1][f"extra:alive:{n}"] for n in ("linear1", "linear2")}
+    ago = {n: weights(stopped)[1][f"extra:{n}"] for n in ("linear1", "linear2")}
     # Some were last important before the stop, which was 2 steps of 32 examples ago.
     assert any(((steps >= 64) & (steps < 1000)).any() for steps in ago.values())
     for name, steps in ago.items():

@@ -30,7 +30,7 @@ def options(n_examples):
 
 def never(n_examples, *names):
     """No subcomponent of these modules was ever important."""
-    return {f"alive:{name}": torch.full((C,), n_examples) for name in names}
+    return {name: torch.full((C,), n_examples) for name in names}
 
 
 def importances(generator, *positions):
