@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 
 from spd_launch.compose import PACKAGE_ROOT, compose
 from spd_launch.errors import exit_with
-from spd_launch.ledger import new_launch, record
+from spd_launch.freeze import record
+from spd_launch.ledger import new_launch
 from spd_launch.slurm_state import cancel_jobs
 from spd_launch.snapshot import drop_snapshot, take_snapshot
 from spd_launch.submit import submit

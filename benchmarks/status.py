@@ -20,7 +20,8 @@ from spd_core.run_dir import append_metrics
 from spd_launch.compose import PACKAGE_ROOT, compose
 from spd_launch.config import JobConfig
 from spd_launch.errors import exit_with
-from spd_launch.ledger import LaunchDir, new_launch, note_jobs, read_rows, record
+from spd_launch.freeze import record
+from spd_launch.ledger import LaunchDir, new_launch, note_jobs, read_rows
 from spd_launch.run_record import Status, write_status
 from spd_launch.snapshot import Snapshot
 from spd_launch.validate import validate

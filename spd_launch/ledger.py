@@ -5,14 +5,11 @@ each submission, local execution and cancellation, so a run's history stays read
 looks at a launch reads `tasks.jsonl`, and leaves the runs' configs alone: a thousand take seconds.
 """
 
-import ctypes
 import json
 import os
 import secrets
-import shlex
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,15 +19,15 @@ from typing import Any
 
 import yaml
 
-from spd_core.config import RunConfig, config_to_yaml, load_config
+from spd_core.config import RunConfig, load_config
 from spd_core.run_dir import RunDir, write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
-from spd_launch.config import JobConfig, result_digest, run_config
+from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, make_plan, shape
 from spd_launch.run_record import Status, read_status, write_status
-from spd_launch.snapshot import Snapshot, drop_snapshot
+from spd_launch.snapshot import drop_snapshot
 from spd_launch.steps import STEPS, Row, step_rows
 
 ERROR = "error.txt"  # in a run's folder
@@ -138,70 +135,6 @@ def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
         raise
 
 
-def record(launch: LaunchDir, plan: LaunchPlan, code: Snapshot, done: Sequence[str]) -> None:
-    """Write what is launched, and every run's frozen config: all before the first submission.
-
-    A run's folder says what is trained; where and how it runs stands in the launch's own. `done`
-    are the ids of earlier runs that stand for those that were left out.
-    """
-    info = {
-        "launch_id": plan.launch_id,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(sys.argv),
-        "cwd": str(Path.cwd()),
-        "host": socket.gethostname(),
-        "python": sys.executable,
-        "python_path": str(code.python_path),
-        "commit": code.commit,
-        "code": code.digest,
-        "done": list(done),
-        "kind": plan.cluster.kind,
-        "then": plan.tasks[0].config.launch.then,
-        "then_needs": plan.tasks[0].config.launch.then_needs,
-    }
-    # Nobody reads these before launch.yaml is there, so they are synced together.
-    for task in plan.tasks:
-        run_dir = launch.run_dir(task.run_id)
-        run_dir.config_file.write_text(config_to_yaml(run_config(task.config)))
-        run_dir.status_file.write_text(pending(n_steps(task.config)).model_dump_json() + "\n")
-    differences = varying([flat(run_config(task.config)) for task in plan.tasks])
-    rows = [_row(task, values) for task, values in zip(plan.tasks, differences, strict=True)]
-    launch.tasks_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    launch.plan_file.write_text(json.dumps(describe(plan), indent=1) + "\n")
-    _sync_file_system(launch.path)
-    write_atomic(launch.launch_file, yaml.safe_dump(info, sort_keys=False))
-
-
-def _sync_file_system(folder: Path) -> None:
-    """All that was written is on the disk: one call, where fsync of a thousand runs takes minutes.
-
-    `os.sync` would also wait for every other disk of the machine, and for ever for a lost one.
-    """
-    if sys.platform != "linux":
-        os.sync()
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    failed = ctypes.CDLL(None, use_errno=True).syncfs(descriptor)
-    os.close(descriptor)
-    if failed:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
-
-
-def _row(task: Task, varies: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "index": task.index,
-        "run_id": task.run_id,
-        "overrides": task.overrides,
-        "after": task.after,
-        "digest": result_digest(task.config),
-        "goal": task.goal,
-        "target": target_name(task.config),
-        "varies": varies,
-        "cluster": task.config.cluster.model_dump(mode="json"),
-        "launch": task.config.launch.model_dump(mode="json"),
-    }
-
-
 def flat(config: RunConfig) -> dict[str, Any]:
     """Dotted name -> value."""
 
@@ -223,22 +156,6 @@ def varying(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         k for k in keys if any(c.get(k, missing) != configs[0].get(k, missing) for c in configs)
     ]
     return [{key: config[key] for key in several if key in config} for config in configs]
-
-
-def describe(plan: LaunchPlan) -> dict[str, Any]:
-    """The plan as plain data."""
-    arrays = [
-        {
-            "cluster": array.cluster.name,
-            "nodes": array.nodes,
-            "tasks_per_node": array.tasks_per_node,
-            "goal": array.tasks[0].goal,
-            "after": array.tasks[0].after,
-            "runs": [task.run_id for task in array.tasks],
-        }
-        for array in plan.arrays
-    ]
-    return {"launch_id": plan.launch_id, "arrays": arrays}
 
 
 def mark(folder: RunDir, state: str) -> None:

@@ -42,7 +42,7 @@ def take_snapshot(package_root: Path, code: Path, launch_id: str, exclude: Path)
     Raises:
         LaunchError: no git repository, or git refused; the message shows git's words.
     """
-    top, prefix = _repository(package_root)
+    top, prefix = repository(package_root)
     with TemporaryDirectory(prefix="spd-snapshot-") as folder:
         index = {"GIT_INDEX_FILE": f"{folder}/index"}
         tree = _add_all(top, exclude, index)
@@ -67,7 +67,7 @@ def code_digest(package_root: Path, exclude: Path) -> str:
     Raises:
         LaunchError: as `take_snapshot`.
     """
-    top, prefix = _repository(package_root)
+    top, prefix = repository(package_root)
     own = Path(top, _git(top, "rev-parse", "--git-path", "objects"))
     with TemporaryDirectory(prefix="spd-snapshot-") as folder:
         Path(folder, "objects").mkdir()
@@ -79,7 +79,7 @@ def code_digest(package_root: Path, exclude: Path) -> str:
         return _digest_of_python(top, prefix, _add_all(top, exclude, beside), beside)
 
 
-def _repository(package_root: Path) -> tuple[str, str]:
+def repository(package_root: Path) -> tuple[str, str]:
     """The top folder of the repository, and where in it the package lies."""
     try:
         shown = _git(package_root, "rev-parse", "--show-toplevel", "--show-prefix")

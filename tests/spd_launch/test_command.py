@@ -14,7 +14,8 @@ from launch_configs import config
 from spd_launch import ledger
 from spd_launch.compose import compose
 from spd_launch.errors import LaunchError
-from spd_launch.ledger import find_launch, new_launch, read_tasks, record
+from spd_launch.freeze import record
+from spd_launch.ledger import find_launch, new_launch, read_tasks
 from spd_launch.snapshot import Snapshot
 from spd_launch.validate import validate, validate_all
 

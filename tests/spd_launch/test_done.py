@@ -11,7 +11,8 @@ from test_command import LOCAL, ROOT, run
 from spd_launch.config import JobConfig
 from spd_launch.done import finished_runs, leave_out_done
 from spd_launch.errors import LaunchError
-from spd_launch.ledger import new_launch, record
+from spd_launch.freeze import record
+from spd_launch.ledger import new_launch
 from spd_launch.snapshot import Snapshot, code_digest
 
 TINY = [
