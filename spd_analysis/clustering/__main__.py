@@ -55,7 +55,7 @@ def cluster_run(
     except OSError as error:  # no checkpoint, or no target in the store
         raise ValueError(f"{run_dir.path} cannot be loaded: {error}") from None
     d = Decomposition(run.config, run.model.to(device), Dist(0, 1, device))
-    with console.status(f"causal importances of {config.data.n_batches} batches"):
+    with console.status(f"causal importances on {config.data.n_samples:,} samples"):
         activations = collect(d, config)
     n = len(activations.subcomponents)
     console.print(

@@ -56,8 +56,9 @@ def collect(d: Decomposition, config: ClusteringConfig) -> Activations:
     parts: list[np.ndarray] = []
     C = sum(components[name].C for name in names)
     largest, n_samples = np.zeros(C, np.float32), 0
-    for step in range(config.data.n_batches):
-        seen = observe(d, config.seed, step, config.data.batch_size, "clustering")
+    batch_size = config.data.batch_size or d.config.eval.batch_size // d.config.dp
+    while n_samples < config.data.n_samples:
+        seen = observe(d, config.seed, len(parts), batch_size, "clustering")
         values = np.concatenate([seen.ci[name].cpu().numpy() for name in names], axis=1)
         largest = np.maximum(largest, values.max(0))
         n_samples += len(values)

@@ -27,10 +27,10 @@ class MCMCDraw(BaseConfig):
 
 
 class DataConfig(BaseConfig):
-    """Batches of the run's own data, drawn anew."""
+    """The run's own data, drawn anew; each position of an example is a sample."""
 
-    n_batches: Count
-    batch_size: Count = Field(description="examples; each position of one is a sample")
+    n_samples: Count = Field(description="at least: batches are whole")
+    batch_size: Count | None = Field(description="examples; null = a rank's of the run's eval")
 
 
 class ClusteringConfig(BaseConfig):
@@ -57,7 +57,7 @@ def load_config(file: Path, overrides: Sequence[str]) -> ClusteringConfig:
     """
     if not file.is_file():
         raise ValueError(f"no config at {file}")
-    values: Any = yaml.safe_load(file.read_text())
+    values = _read(file.read_text(), str(file))
     for override in overrides:
         path, equals, text = override.partition("=")
         *parents, key = path.split(".")
@@ -66,13 +66,20 @@ def load_config(file: Path, overrides: Sequence[str]) -> ClusteringConfig:
             place = place.get(parent) if isinstance(place, dict) else None
         if not equals or not isinstance(place, dict):
             raise ValueError(f"{override!r} is no FIELD=VALUE; fields are {', '.join(_names())}")
-        place[key] = yaml.safe_load(text)
+        place[key] = _read(text, override)
     try:
         return ClusteringConfig.model_validate(values)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         fields = ", ".join(_names())
         raise ValueError(f"clustering config: {'; '.join(problems)} (fields: {fields})") from None
+
+
+def _read(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
 
 
 def _names() -> list[str]:

@@ -9,7 +9,7 @@ from spd_core.data.batches import Decomposition
 from spd_core.load import load_run
 
 # 30 examples are no whole number of bytes.
-SMALL = ("data={n_batches: 3, batch_size: 30}", "seed=5")
+SMALL = ("data={n_samples: 61, batch_size: 30}", "seed=5")
 
 
 @pytest.fixture
@@ -60,6 +60,14 @@ def test_raw_values_and_chosen_modules(decomposition):
     assert activations.kind == "raw" and activations.n_dead == 2
     assert (activations.values == values).all()
     assert activations.total(activations.values) == pytest.approx(values.sum(0))
+
+
+def test_another_seed_is_other_data(decomposition):
+    first, again, other = (
+        collect(decomposition, load_config(DEFAULT, [*SMALL, f"seed={seed}"])).values
+        for seed in (5, 5, 6)
+    )
+    assert (first == again).all() and (first != other).any()
 
 
 def test_a_subcomponent_below_filter_dead_threshold_is_dead(decomposition):

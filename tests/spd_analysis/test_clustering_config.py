@@ -11,10 +11,10 @@ def test_the_shipped_values_are_those_of_the_issue():
 
 def test_overrides_reach_every_level():
     config = load_config(DEFAULT, [
-        "seed=3", "data.n_batches=2", "draw={kind: mcmc, temperature: 0.1}",
+        "seed=3", "data.n_samples=2", "draw={kind: mcmc, temperature: 0.1}",
         'modules=["linear1"]', "activation_threshold=null", "iters=5",
     ])  # fmt: skip
-    assert (config.seed, config.data.n_batches, config.iters) == (3, 2, 5)
+    assert (config.seed, config.data.n_samples, config.iters) == (3, 2, 5)
     assert config.draw == MCMCDraw(kind="mcmc", temperature=0.1)
     assert config.modules == ["linear1"] and config.activation_threshold is None
 
@@ -29,6 +29,7 @@ def test_overrides_reach_every_level():
     ("draw={kind: best}", "range.*mcmc"),
     ("modules=[]", "modules"),
     ("iters=0", "iters"),
+    ("draw={kind: range", "is no YAML"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(override, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
