@@ -12,6 +12,7 @@ import os
 import resource
 import statistics
 import time
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -26,6 +27,7 @@ from spd_core.step import optimisation_step
 from spd_core.targets.train_target import untrained_target
 from spd_core.train import build_optimizer
 from spd_launch.compose import compose
+from spd_launch.config import run_config
 from spd_launch.ports import free_port
 from spd_launch.task import MALLOC
 from spd_launch.validate import validate
@@ -46,8 +48,9 @@ def main() -> None:
     if arguments.batch is not None:
         overrides.append(f"train.batch_size={arguments.batch}")
     overrides.append(f"dp={arguments.dp}")
-    config = validate(compose(overrides, multirun=False)[0].values)
-    shared = (config, arguments.steps, arguments.device, arguments.threads, free_port("step", 0))
+    job = validate(compose(overrides, multirun=False)[0].values)
+    config, data, port = run_config(job), job.launch.out_dir / "data", free_port("step", 0)
+    shared = (config, data, arguments.steps, arguments.device, arguments.threads, port)
     os.environ.update(MALLOC)  # read as a process starts, so one rank is a process of its own too
     spawn(run_rank, shared, nprocs=arguments.dp)
 
@@ -55,6 +58,7 @@ def main() -> None:
 def run_rank(
     rank: int,
     config: RunConfig,
+    data: Path,
     steps: int,
     device: Literal["cpu", "cuda"],
     n_threads: int,
@@ -63,17 +67,19 @@ def run_rank(
     """Measure on one rank; rank 0 prints the JSON line."""
     torch.set_num_threads(n_threads)
     dist = distributed.init(rank, config.dp, rank, "127.0.0.1", port, device)
-    result = measure(config, steps, dist)
+    result = measure(config, data, steps, dist)
     if dist.is_main:
         print(json.dumps(result))
     distributed.shutdown()
 
 
-def measure(config: RunConfig, steps: int, dist: distributed.Dist) -> dict[str, float | int | str]:
+def measure(
+    config: RunConfig, data: Path, steps: int, dist: distributed.Dist
+) -> dict[str, float | int | str]:
     """Times of the step on a random target of the experiment's shape."""
-    target = untrained_target(config, stream(0, "benchmark", device=torch.device("cpu")))
+    target = untrained_target(config, data, stream(0, "benchmark", device=torch.device("cpu")))
     model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
-    optimizer, d = build_optimizer(config, model), Decomposition(config, model, dist)
+    optimizer, d = build_optimizer(config, model), Decomposition(config, model, dist, data)
     for step in range(N_WARMUP):
         optimisation_step(d, optimizer, step, lambda _ci: None)
     seconds = []

@@ -1,6 +1,6 @@
 """What every section of a config is built from."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,10 +19,6 @@ class CustomConfig(BaseConfig):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     path: str = Field(pattern=r"^\w+(\.\w+)+$", description="import path, my_package.my_part")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return self.model_extra or {}
 
 
 class ScheduleConfig(BaseConfig):

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spd_core.components import EmbeddingComponents, LinearComponents
+from spd_core.components import LinearComponents
 from spd_core.config import AnyCiFnConfig, CiFnConfig, CustomCiFnConfig
 from spd_core.parts import load_part
 
@@ -82,9 +82,9 @@ def apply_sigmoid(
 class CiFn(nn.Module):
     """The causal-importance function of one module: pre-sigmoid values from its input.
 
-    `mlp` and `vector_mlp` are C small MLPs d_in -> hidden (GELU) -> 1 side by side. Their layout
-    inside is (C, width, batch): a layer is one batched matmul, and elementwise work runs along
-    contiguous memory. `shared_mlp` is one MLP d_in -> hidden (GELU) -> C.
+    `mlp` and `vector_mlp` are C small MLPs d_in -> hidden (GELU) -> 1 side by side, laid out as
+    (C, width, batch): a layer is one batched matmul, and elementwise work runs along contiguous
+    memory. `shared_mlp` is a single one d_in -> hidden (GELU) -> C.
     """
 
     def __init__(self, config: CiFnConfig, C: int, d_in: int, generator: torch.Generator) -> None:
@@ -92,49 +92,45 @@ class CiFn(nn.Module):
         self.kind: Literal["mlp", "vector_mlp", "shared_mlp"] = config.kind
         match config.kind:
             case "mlp":
-                widths, copies, bias_end = [1, *config.hidden, 1], (C,), (1,)
+                n_mlps, widths = C, [1, *config.hidden, 1]
             case "vector_mlp":
-                widths, copies, bias_end = [d_in, *config.hidden, 1], (C,), (1,)
+                n_mlps, widths = C, [d_in, *config.hidden, 1]
             case "shared_mlp":
-                widths, copies, bias_end = [d_in, *config.hidden, C], (), ()
+                n_mlps, widths = 1, [d_in, *config.hidden, C]
         gains = [math.sqrt(2)] * len(config.hidden) + [1.0]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for a, b, gain in zip(widths[:-1], widths[1:], gains, strict=True):
-            normal = torch.randn(*copies, b, a, generator=generator)
+            normal = torch.randn(n_mlps, b, a, generator=generator)
             self.weights.append(nn.Parameter(normal * (gain / a**0.5)))
-            self.biases.append(nn.Parameter(torch.zeros(*copies, b, *bias_end)))
+            self.biases.append(nn.Parameter(torch.zeros(n_mlps, b, 1)))
 
     def forward(
         self, x: Float[Tensor, "... d_in"], inner_acts: Float[Tensor, "... C"] | None
     ) -> Float[Tensor, "... C"]:
         """`inner_acts` are x V; only `mlp` looks at them, and it does not look at x."""
-        C = self.weights[0].shape[0]
+        *inner, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
         match self.kind:
             case "mlp":
                 assert inner_acts is not None
-                each = inner_acts.reshape(-1, C).T.unsqueeze(1)
-                return self._parallel(each).T.reshape(inner_acts.shape)
+                *positions, C = inner_acts.shape
+                h = inner_acts.reshape(-1, C).T.unsqueeze(1)
             case "vector_mlp":
-                same = x.reshape(-1, x.shape[-1]).T.expand(C, -1, -1)
-                return self._parallel(same).T.reshape(*x.shape[:-1], C)
+                *positions, d_in = x.shape
+                h = x.reshape(-1, d_in).T.expand(len(self.weights[0]), -1, -1)
             case "shared_mlp":
-                *inner, last = zip(self.weights, self.biases, strict=True)
                 for weight, bias in inner:
-                    x = F.gelu(F.linear(x, weight, bias))
-                return F.linear(x, *last)
-
-    def _parallel(self, x: Float[Tensor, "C d_in batch"]) -> Float[Tensor, "C batch"]:
-        *inner, last = zip(self.weights, self.biases, strict=True)
+                    x = F.gelu(F.linear(x, weight[0], bias[0, :, 0]))
+                return F.linear(x, last_weight[0], last_bias[0, :, 0])
         for weight, bias in inner:
             if weight.shape[-1] == 1:
                 # The bias rides as the weight of a second input of ones: one matmul forward, and
                 # its backward reduces over the batch in matmuls instead of broadcast products.
-                x = torch.bmm(torch.cat([weight, bias], 2), torch.cat([x, torch.ones_like(x)], 1))
+                h = torch.bmm(torch.cat([weight, bias], 2), torch.cat([h, torch.ones_like(h)], 1))
             else:
-                x = torch.baddbmm(bias, weight, x)
-            x = F.gelu(x)
-        weight, bias = last
-        return torch.baddbmm(bias, weight, x).squeeze(1)
+                h = torch.baddbmm(bias, weight, h)
+            h = F.gelu(h)
+        g = torch.baddbmm(last_bias, last_weight, h).flatten(0, 1)
+        return g.T.reshape(*positions, len(g))
 
 
 def make_ci_fn(
@@ -151,7 +147,7 @@ def make_ci_fn(
         case CustomCiFnConfig():
             return load_part("decompose.ci_fn", config, "ci_fn")(C, d_in, generator)
         case CiFnConfig(kind=kind):
-            if isinstance(components, EmbeddingComponents) and kind != "mlp":
+            if components.takes_tokens and kind != "mlp":
                 raise ValueError(
                     f"decompose.ci_fn.kind={kind}: {path!r} is an embedding, whose input is no "
                     "vector; use kind=mlp, or leave it out of decompose.modules"

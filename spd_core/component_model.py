@@ -1,10 +1,10 @@
 """A frozen target with components beside it: hooks put masked outputs in, and take inputs out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from types import MappingProxyType
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from spd_core.ci_fns import CausalImportance, apply_sigmoid, make_ci_fn
-from spd_core.components import (
-    Identity,
-    LinearComponents,
-    computes_its_map,
-    is_decomposable,
-    make_components,
-    tie,
-)
+from spd_core.components import Identity, LinearComponents, check_decomposable, is_decomposable, tie
 from spd_core.config import DecomposeConfig
 from spd_core.randomness import BatchStream, stream
 
@@ -47,14 +40,11 @@ def expand_patterns(
     """Module paths and their C, in the target's own order. `where` is the config field.
 
     Raises:
-        ValueError: a pattern matches no decomposable module, or two match the same one.
+        ValueError: a pattern matches no decomposable module, two match the same one, or masks
+            cannot follow what a module computes.
     """
     patterns = [pattern for pattern, C in c_of.items() if C is not None]
-    paths = [
-        name
-        for name, module in target.named_modules()
-        if is_decomposable(module) and not isinstance(module, Identity)
-    ]
+    paths = [name for name, module in target.named_modules() if is_decomposable(module)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in paths):
             raise ValueError(
@@ -69,7 +59,9 @@ def expand_patterns(
                 f"{where}: module {name!r} is matched by {' and '.join(matching)}; "
                 "each module takes one pattern"
             )
-        result.update((name, c_of[pattern]) for pattern in matching)
+        for pattern in matching:
+            check_decomposable(where, name, target.get_submodule(name))
+            result[name] = c_of[pattern]
     return result
 
 
@@ -79,13 +71,6 @@ def insert_identities(target: nn.Module, patterns: dict[str, int]) -> dict[str, 
     Raises:
         ValueError: as `expand_patterns`, or the module is an embedding.
     """
-
-    def pass_through(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return (module.get_submodule("pre_identity")(_only_input(name, args, kwargs)),), {}
-
-        return hook
-
     inserted = {}
     for name, C in expand_patterns(target, patterns, "decompose.identity_modules").items():
         module = target.get_submodule(name)
@@ -98,9 +83,14 @@ def insert_identities(target: nn.Module, patterns: dict[str, int]) -> dict[str, 
             weight = next(module.parameters())
             d_in = LinearComponents(module, 1, torch.Generator()).weight.shape[1]
             module.add_module("pre_identity", Identity(d_in).to(weight.device, weight.dtype))
-            module.register_forward_pre_hook(pass_through(name), with_kwargs=True)
+            module.register_forward_pre_hook(_through_identity, with_kwargs=True)
         inserted[f"{name}.pre_identity"] = C
     return inserted
+
+
+def _through_identity(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    (x,) = *args, *kwargs.values()
+    return (module.pre_identity(x),), {}
 
 
 class ComponentModel(nn.Module):
@@ -125,7 +115,7 @@ class ComponentModel(nn.Module):
             raise ValueError("decompose.modules: no pattern has a number of subcomponents")
         for name, C in modules.items():
             generator = stream(seed, f"components:{name}", device=cpu)
-            components = make_components(name, target.get_submodule(name), C, generator)
+            components = LinearComponents(target.get_submodule(name), C, generator)
             generator = stream(seed, f"ci_fn:{name}", device=cpu)
             self.ci_fns[name] = make_ci_fn(name, config.ci_fn, components, generator)
             self.components[name] = components
@@ -166,21 +156,12 @@ class ComponentModel(nn.Module):
         inputs: dict[str, Tensor] = {}
         versions: dict[str, int] = {}
 
-        def keep(name: str) -> Any:
-            def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-                if name in inputs:
-                    raise _refusal(name, "runs more than once in one forward pass (shared weights)")
-                if not isinstance(out, Tensor):
-                    raise _refusal(name, f"returns a {type(out).__name__}, no tensor")
-                inputs[name] = _only_input(name, args, kwargs)
-                if not computes_its_map(module, inputs[name], out):
-                    kind = type(module).__name__
-                    raise _refusal(name, f"is a {kind} that computes something else than W x + b")
-                versions[name] = inputs[name]._version
+        def keep(name: str, x: Tensor, _out: Tensor) -> None:
+            if name in inputs:
+                raise _refusal(name, "runs more than once in one forward pass (shared weights)")
+            inputs[name], versions[name] = x, x._version
 
-            return hook
-
-        with self._hooks({name: keep(name) for name in self.components}):
+        with self._hooks(self.components, keep):
             out = _select(self.target(batch), self.output)
         for name in self.components:
             if name not in inputs:
@@ -194,7 +175,7 @@ class ComponentModel(nn.Module):
         batch: Float[Tensor, "batch ..."],
         masks: dict[str, MaskInfo],
         cache: Cache | None = None,
-        own_acts: Mapping[str, Float[Tensor, "... C"]] = MappingProxyType({}),
+        own_acts: dict[str, Float[Tensor, "... C"]] | None = None,
     ) -> Float[Tensor, "batch ..."]:
         """The output with the modules of `masks` on their components, the others unchanged.
 
@@ -204,31 +185,27 @@ class ComponentModel(nn.Module):
         """
         first: list[Tensor] = []
 
-        def hook_of(name: str, info: MaskInfo | None) -> Any:
-            def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> Any:
-                x = _only_input(name, args, kwargs)
-                if info is not None and not first:
-                    first.append(x)
-                if name in own_acts and first and x is first[0]:
-                    inner_acts = own_acts[name]
-                else:
-                    inner_acts = self.components[name].inner_acts(x)
-                if cache is not None:
-                    cache.inputs[name], cache.inner_acts[name] = x, inner_acts
-                if info is None:
-                    return out
-                masked = self.components[name](inner_acts, out, info.mask, info.delta_mask)
-                if info.route is None:
-                    return masked
-                if info.route.dim() != out.dim() - 1:
-                    at, routed = tuple(out.shape[:-1]), tuple(info.route.shape)
-                    raise _refusal(name, f"runs at positions {at}, but routes are for {routed}")
-                return torch.where(info.route.unsqueeze(-1), masked, out)
+        def put_in(name: str, x: Tensor, out: Tensor) -> Tensor:
+            info = masks.get(name)
+            if info is not None and not first:
+                first.append(x)
+            if own_acts and name in own_acts and first and x is first[0]:
+                inner_acts = own_acts[name]
+            else:
+                inner_acts = self.components[name].inner_acts(x)
+            if cache is not None:
+                cache.inputs[name], cache.inner_acts[name] = x, inner_acts
+            if info is None:
+                return out
+            masked = self.components[name](inner_acts, out, info.mask, info.delta_mask)
+            if info.route is None:
+                return masked
+            if info.route.dim() != out.dim() - 1:
+                at, routed = tuple(out.shape[:-1]), tuple(info.route.shape)
+                raise _refusal(name, f"runs at positions {at}, but routes are for {routed}")
+            return torch.where(info.route.unsqueeze(-1), masked, out)
 
-            return hook
-
-        hooked = masks if cache is None else self.components
-        with self._hooks({name: hook_of(name, masks.get(name)) for name in hooked}):
+        with self._hooks(masks if cache is None else self.components, put_in):
             return _select(self.target(batch), self.output)
 
     def own_acts(
@@ -261,20 +238,21 @@ class ComponentModel(nn.Module):
         return result
 
     @contextmanager
-    def _hooks(self, hooks: dict[str, Any]) -> Iterator[None]:
+    def _hooks(
+        self, names: Iterable[str], hook: Callable[[str, Tensor, Tensor], Tensor | None]
+    ) -> Iterator[None]:
+        """Call hook(name, input, output) after each module; a tensor it returns is the output."""
+
+        def after(name: str, _module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Any:
+            (x,) = *args, *kwargs.values()
+            return hook(name, x, out)
+
         with ExitStack() as stack:
-            for name, hook in hooks.items():
+            for name in names:
                 module = self.target.get_submodule(name)
-                stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+                handle = module.register_forward_hook(partial(after, name), with_kwargs=True)
+                stack.enter_context(handle)
             yield
-
-
-def _only_input(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The one argument of a linear or embedding module, however it was passed."""
-    values = (*args, *kwargs.values())
-    if len(values) != 1:
-        raise _refusal(name, f"is called with {len(values)} arguments, not with its input alone")
-    return values[0]
 
 
 def _refusal(name: str, why: str) -> ValueError:

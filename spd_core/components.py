@@ -27,21 +27,27 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_decomposable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Embedding | Identity) or is_conv1d(module)
+    """Whether a pattern may match it: identities, which are inserted, have names of their own."""
+    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
 
 
-def computes_its_map(module: Any, x: Tensor, out: Tensor) -> bool:
-    """Whether `out` is W x + b, or W[token]: a subclass with its own forward() may differ."""
-    if type(module).forward in (nn.Linear.forward, nn.Embedding.forward, Identity.forward):
-        return True
-    if is_conv1d(module):
-        return True
-    if isinstance(module, nn.Embedding):
-        wanted = F.embedding(x, module.weight)
-    else:
-        wanted = F.linear(x.to(module.weight.dtype), module.weight, module.bias)
-    # The subclass may compute in half precision.
-    return bool((out - wanted).norm() <= 0.02 * wanted.norm())
+def check_decomposable(where: str, path: str, module: nn.Module) -> None:
+    """Refuse a module whose output need not be W x + b, or W[token]. `where` is the config field.
+
+    Raises:
+        ValueError: it has a forward() of its own, or is an embedding with max_norm.
+    """
+    known = (nn.Linear.forward, nn.Embedding.forward)
+    if type(module).forward not in known and not is_conv1d(module):
+        raise ValueError(
+            f"{where}: {path!r} is a {type(module).__name__}, whose forward() is its own and may "
+            "compute something else than W x + b; leave it out"
+        )
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise ValueError(
+            f"{where}: {path!r} is an embedding with max_norm={module.max_norm}, which rescales "
+            "its weight as it is used; set max_norm=None in the target"
+        )
 
 
 class LinearComponents(nn.Module):
@@ -55,7 +61,7 @@ class LinearComponents(nn.Module):
         # In a tuple, so that the target's module is not registered a second time.
         self._module: tuple[Any] = (module,)
         d_out, d_in = self.weight.shape
-        self.C = C
+        self.C, self.takes_tokens = C, isinstance(module, nn.Embedding)
         self.V = nn.Parameter(torch.randn(d_in, C, generator=generator) / d_in**0.5)
         self.U = nn.Parameter(torch.randn(C, d_out, generator=generator) / C**0.5)
 
@@ -66,16 +72,11 @@ class LinearComponents(nn.Module):
         weight = module.weight.detach()
         return weight if isinstance(module, nn.Linear | Identity) else weight.T
 
-    @property
-    def bias(self) -> Float[Tensor, "d_out"] | None:
-        bias = getattr(self._module[0], "bias", None)
-        if bias is None:
-            return None
-        # A bias of half precision would round what is added to it and subtracted again.
-        return bias.detach().to(torch.promote_types(bias.dtype, self.V.dtype))
-
-    def inner_acts(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... C"]:
-        return x.to(self.V.dtype) @ self.V
+    def inner_acts(
+        self, x: Float[Tensor, "... d_in"] | Int[Tensor, "..."]
+    ) -> Float[Tensor, "... C"]:
+        """x V; tokens are looked up in V (n_tokens, C), never multiplied."""
+        return F.embedding(x, self.V) if self.takes_tokens else x.to(self.V.dtype) @ self.V
 
     def weight_error(self) -> Float[Tensor, "d_out d_in"]:
         """W - (V U)^T, what the subcomponents leave out, in full precision."""
@@ -94,7 +95,10 @@ class LinearComponents(nn.Module):
         No mask means all ones. With y the module's own output on x, the delta term is
         m_d (y - b) - m_d (x V) U, so no dense delta matrix is built.
         """
-        bias = self.bias
+        bias = getattr(self._module[0], "bias", None)
+        if bias is not None:
+            # A bias of half precision would round what is added to it and subtracted again.
+            bias = bias.detach().to(torch.promote_types(bias.dtype, self.V.dtype))
         if delta_mask is None:
             out = (inner_acts if mask is None else inner_acts * mask) @ self.U
             return (out if bias is None else out + bias).to(target_out.dtype)
@@ -103,31 +107,6 @@ class LinearComponents(nn.Module):
         y = target_out if bias is None else target_out - bias
         out = torch.addcmul((inner_acts * difference) @ self.U, m_d, y)
         return (out if bias is None else out + bias).to(target_out.dtype)
-
-
-class EmbeddingComponents(LinearComponents):
-    """Subcomponents of an embedding: V (n_tokens, C) is looked up, never multiplied."""
-
-    def inner_acts(self, x: Int[Tensor, "..."]) -> Float[Tensor, "... C"]:
-        return F.embedding(x, self.V)
-
-
-def make_components(
-    path: str, module: nn.Module, C: int, generator: torch.Generator
-) -> LinearComponents:
-    """Components beside one module of the target.
-
-    Raises:
-        ValueError: an embedding that changes its own weight as it is used.
-    """
-    if not isinstance(module, nn.Embedding):
-        return LinearComponents(module, C, generator)
-    if module.max_norm is not None:
-        raise ValueError(
-            f"decompose.modules: {path!r} is an embedding with max_norm={module.max_norm}, which "
-            "rescales its weight as it is used; set max_norm=None in the target"
-        )
-    return EmbeddingComponents(module, C, generator)
 
 
 def tie(first: LinearComponents, second: LinearComponents) -> None:

@@ -7,10 +7,10 @@ A rank that fails leaves the others waiting in a collective: who started them en
 `spd_launch.peers` does.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as torch_dist
@@ -64,20 +64,24 @@ def shutdown() -> None:
         torch_dist.destroy_process_group()
 
 
-def all_sum(tensor: Float[Tensor, "..."], dist: Dist) -> Float[Tensor, "..."]:
-    """Sum over ranks; a new tensor, detached."""
+def all_reduce(op: Literal["sum", "min"], tensor: Tensor, dist: Dist) -> Tensor:
+    """The sum over ranks or the elementwise minimum; a new tensor, detached."""
     result = tensor.detach().clone()
     if dist.world_size > 1:
-        torch_dist.all_reduce(result)
+        ops = {"sum": torch_dist.ReduceOp.SUM, "min": torch_dist.ReduceOp.MIN}
+        torch_dist.all_reduce(result, ops[op])
     return result
 
 
-def all_min(tensor: Tensor, dist: Dist) -> Tensor:
-    """Elementwise minimum over ranks; a new tensor, detached."""
-    result = tensor.detach().clone()
-    if dist.world_size > 1:
-        torch_dist.all_reduce(result, op=torch_dist.ReduceOp.MIN)
-    return result
+def over_ranks(
+    op: Literal["sum", "min"], parts: Mapping[Any, Tensor], dist: Dist
+) -> dict[Any, Tensor]:
+    """`all_reduce` of all parts in one collective."""
+    if not parts:
+        return {}
+    flat = all_reduce(op, torch.cat([part.flatten() for part in parts.values()]), dist)
+    pieces = flat.split([part.numel() for part in parts.values()])
+    return {n: t.clone().view_as(p) for (n, p), t in zip(parts.items(), pieces, strict=True)}
 
 
 def all_sum_with_grad(tensor: Float[Tensor, "..."], dist: Dist) -> Float[Tensor, "..."]:
@@ -88,18 +92,15 @@ def all_sum_with_grad(tensor: Float[Tensor, "..."], dist: Dist) -> Float[Tensor,
     """
     if dist.world_size == 1:
         return tensor
-    return all_sum(tensor, dist) + dist.world_size * (tensor - tensor.detach())
+    return all_reduce("sum", tensor, dist) + dist.world_size * (tensor - tensor.detach())
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], dist: Dist) -> None:
-    """Sum `.grad` over ranks in one flattened collective."""
-    if dist.world_size == 1:
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in grads])
-    torch_dist.all_reduce(flat)
-    for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(summed.view_as(grad))
+    """Sum `.grad` over ranks in one collective."""
+    if dist.world_size > 1:
+        grads = {p: p.grad for p in parameters if p.grad is not None}
+        for parameter, summed in over_ranks("sum", grads, dist).items():
+            parameter.grad = summed
 
 
 def broadcast(tensor: Tensor, dist: Dist) -> None:
@@ -112,7 +113,7 @@ def any_rank(flag: bool, dist: Dist) -> bool:
     """Whether the flag is set on at least one rank; the same answer on all."""
     if dist.world_size == 1:
         return flag
-    return bool(all_sum(torch.tensor(float(flag), device=dist.device), dist))
+    return bool(all_reduce("sum", torch.tensor(float(flag), device=dist.device), dist))
 
 
 def synchronise(device: torch.device) -> None:

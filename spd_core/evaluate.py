@@ -15,13 +15,13 @@ from torch import Tensor
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.config import metrics as options
-from spd_core.config.losses import AnyLossConfig
+from spd_core.config.losses import LossConfig
 from spd_core.data.batches import Batch, Decomposition, make_batch, n_features
-from spd_core.distributed import all_sum, synchronise
+from spd_core.distributed import over_ranks, synchronise
 from spd_core.losses import loss_parts, prepare_step
 from spd_core.losses.distance import LossParts
 from spd_core.losses.pgd import pgd_recon, worst_sources
-from spd_core.metrics import Sums, add, ci, matching, means, outputs, over_ranks
+from spd_core.metrics import Sums, add, ci, matching, means, outputs
 from spd_core.metrics.solutions import identity_ci_error, mmcs_ml2r, single_feature_ci
 from spd_core.parts import load_part
 from spd_core.randomness import StepRandomness
@@ -53,7 +53,7 @@ def evaluate(
     Every rank calls it; values are whole on each, figures are drawn by rank 0.
     """
     dist, position = d.dist, step / d.config.train.steps
-    at = Evaluation(d.config, d.model, dist, position, positions_ago)
+    at = Evaluation(d.config, d.model, dist, d.data, position, positions_ago)
     sums: dict[str, Sums] = {name: {} for name in metrics}
     result: dict[str, float] = {}
     cost: dict[str, float] = defaultdict(float)
@@ -75,7 +75,7 @@ def evaluate(
                     add(sums[name], _sums(name, metric, at, batch))
         for name, metric in metrics.items():
             with timed(name):
-                total = over_ranks(all_sum, {k: s.double() for k, s in sums[name].items()}, dist)
+                total = over_ranks("sum", {k: s.double() for k, s in sums[name].items()}, dist)
                 match metric:
                     case options.FigureConfig() | options.CustomMetricConfig(kind="figure"):
                         if dist.is_main:
@@ -140,7 +140,7 @@ class Evaluation(Decomposition):
         randomness = StepRandomness(seed, i, rank, n_ranks, size, device, phase="eval")
         return make_batch(self, randomness, purpose)
 
-    def losses(self, losses: dict[str, AnyLossConfig], batch: Batch) -> Sums:
+    def losses(self, losses: dict[str, LossConfig], batch: Batch) -> Sums:
         step = prepare_step(self, losses, lambda: [batch], 1, self.position)
         return self.pairs({n: loss_parts(n, loss, batch, step) for n, loss in losses.items()})
 
@@ -163,7 +163,7 @@ class Evaluation(Decomposition):
         for batch in batches():
             parts = pgd_recon(self.model, batch, sources, search.routing, name)
             add(sums, self.pairs({name: parts}))
-        return means(over_ranks(all_sum, sums, self.dist))
+        return means(over_ranks("sum", sums, self.dist))
 
 
 def _sums(name: str, o: Any, at: Evaluation, batch: Batch) -> Sums:
@@ -183,7 +183,7 @@ def _sums(name: str, o: Any, at: Evaluation, batch: Batch) -> Sums:
             return ci.component_sums(batch.ci, o.threshold)
         case "ci_mean_per_component" | "uv_plots":
             return ci.component_sums(batch.ci, threshold=None)
-        case _ if isinstance(o, AnyLossConfig):
+        case _ if isinstance(o, LossConfig):
             return at.losses({name: o}, batch)
         case _ if isinstance(o, options.CustomMetricConfig) and o.kind == "metric":
             part = load_part(f"eval.metrics.{name}", o, "metric")

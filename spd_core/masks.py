@@ -1,54 +1,70 @@
-"""Masks from causal importances: m = ci + (1 - ci) * r."""
+"""Which modules run on their components, at which positions, under which masks."""
 
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
-from spd_core.component_model import MaskInfo
-from spd_core.randomness import BatchStream
-from spd_core.routing import Route
+from spd_core.component_model import ComponentModel, MaskInfo
+from spd_core.config.losses import StaticProbabilityConfig, UniformKSubsetConfig
+from spd_core.data.batches import Batch
+
+Routing = Literal["all", "layerwise"] | UniformKSubsetConfig | StaticProbabilityConfig
+Routes = dict[str, Bool[Tensor, "..."] | None]
+"""True where a module runs on its components; None = everywhere. Modules left out never do."""
 
 Sources = dict[str, Float[Tensor, "... C_or_C_plus_1"]]
 """The source r of each module; with a delta component, the last entry is the delta's mask."""
 
 
+def draw_routes(batch: Batch, routing: Routing, purpose: str) -> list[Routes]:
+    """The forward passes of one sample: one, or for `layerwise` one for every module.
+
+    uniform_k_subset: k ~ Uniform{1..n_modules}, then a uniformly random k-subset;
+    static_probability: each module with probability p. Both independently per position.
+    """
+    names, shape = list(batch.ci), batch.positions
+    match routing:
+        case "all":
+            return [dict.fromkeys(names)]
+        case "layerwise":
+            return [{name: None} for name in names]
+        case UniformKSubsetConfig():
+            stream = batch.randomness.batch_stream(purpose)
+            k = stream.integers(1, len(names) + 1, *shape)
+            rank = stream.uniform(*shape, len(names)).argsort(dim=-1).argsort(dim=-1)
+            chosen = rank < k.unsqueeze(-1)
+        case StaticProbabilityConfig(p=p):
+            chosen = batch.randomness.batch_stream(purpose).uniform(*shape, len(names)) < p
+    return [{name: chosen[..., i] for i, name in enumerate(names)}]
+
+
 def stochastic_masks(
-    ci: dict[str, CausalImportance],
-    sampling: Literal["continuous", "binomial"],
-    delta_component: bool,
-    routes: dict[str, Route],
-    stream: BatchStream,
+    model: ComponentModel, batch: Batch, routes: Routes, purpose: str
 ) -> dict[str, MaskInfo]:
     """Masks with random sources for the routed modules; the delta's source is always U(0, 1)."""
-    sources = {}
+    stream, sources = batch.randomness.batch_stream(purpose), {}
     for name in routes:
-        *leading, C = ci[name].lower.shape[1:]
+        *leading, C = batch.ci[name].lower.shape[1:]
         # One draw for the subcomponents and the delta: fewer passes over the generators.
-        r = stream.uniform(*leading, C + delta_component)
-        if sampling == "binomial":
+        r = stream.uniform(*leading, C + model.config.delta_component)
+        if model.config.sampling == "binomial":
             r = torch.cat([(r[..., :C] < 0.5).to(r.dtype), r[..., C:]], -1)
         sources[name] = r
-    return masks_from_sources(ci, sources, routes)
+    return masks_from_sources(batch.ci, sources, routes)
 
 
 def masks_from_sources(
-    ci: dict[str, CausalImportance], sources: Sources, routes: dict[str, Route]
+    ci: dict[str, CausalImportance], sources: Sources, routes: Routes
 ) -> dict[str, MaskInfo]:
-    """Masks of the routed modules; a source one longer than C masks the delta as well."""
+    """m = ci + (1 - ci) r for the routed modules; a source one longer than C masks the delta."""
     masks = {}
     for name, route in routes.items():
         lower, source = ci[name].lower, sources[name]
         C = lower.shape[-1]
-        delta_mask = source[..., C] if source.shape[-1] > C else None
-        masks[name] = MaskInfo(interpolate(lower, source[..., :C]), delta_mask, route)
+        r, delta_mask = source[..., :C], source[..., C] if source.shape[-1] > C else None
+        mask = torch.addcmul(r, lower, 1 - r)  # r + ci (1 - r)
+        masks[name] = MaskInfo(mask, delta_mask, route)
     return masks
-
-
-def interpolate(
-    ci: Float[Tensor, "... C"], source: Float[Tensor, "... C"]
-) -> Float[Tensor, "... C"]:
-    """m = ci + (1 - ci) r, written as r + ci (1 - r)."""
-    return torch.addcmul(source, ci, 1 - source)

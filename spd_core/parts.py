@@ -56,8 +56,9 @@ def _load_part(field: str, config: CustomConfig, kind: str) -> Part:
             if p.annotation is p.empty:
                 raise ValueError(f"{at}: {p.name} has no annotation to check")
             declared[p.name] = (p.annotation, ... if p.default is p.empty else p.default)
+    schema = create_model(name, __config__=OPTIONS, **declared)
     try:
-        options = create_model(name, __config__=OPTIONS, **declared).model_validate(config.options)
+        options = schema.model_validate(config.model_extra)
     except ValidationError as error:
         problems = [f"{field}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         known = ", ".join(declared) or "none"

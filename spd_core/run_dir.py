@@ -11,7 +11,7 @@ from uuid import uuid4
 
 
 class RunDir:
-    """The folder `runs/RUN_ID` of one run, and every path in it."""
+    """The folder `runs/RUN_ID` of one run, every path in it, and the stores that runs share."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,8 +22,8 @@ class RunDir:
         self.report_file = path / "report.html"
         self.figures = path / "figures"
         self.checkpoints = path / "checkpoints"
-        # The store of trained targets is shared by all runs of the same out_dir.
         self.targets = path.parent.parent / "targets"
+        self.data = path.parent.parent / "data"
 
 
 @contextmanager
@@ -39,15 +39,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.umask(umask)
         for written in [*temporary.glob("*")] or [temporary]:
             written.chmod(0o666 & ~umask)  # safetensors writes files for their owner alone
-            _fsync(written)
-        _fsync(temporary)
+            sync(written)
+        sync(temporary)
         os.rename(temporary, path)
-        _fsync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file or folder is on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -89,7 +89,7 @@ def accumulate_gradients(
                 )
         sums = torch.stack([sum_ for sum_, _ in parts.values()])
         both = torch.stack([sums.detach(), sums.new_tensor([float(n) for n in counts.values()])])
-        both = distributed.all_sum(both, d.dist)
+        both = distributed.all_reduce("sum", both, d.dist)
         weights = sums.new_tensor([coeffs[name] / n_micro for name in losses])
         (sums * weights / both[1]).sum().backward()
         totals.append(both)

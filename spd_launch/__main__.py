@@ -5,6 +5,7 @@ Compose, validate, plan, take a snapshot of the code, then run here or submit to
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 from spd_launch.compose import (
@@ -14,8 +15,10 @@ from spd_launch.compose import (
     compose,
     default_cluster,
     experiment_names,
+    sweep_names,
 )
 from spd_launch.errors import LaunchError, exit_with
+from spd_launch.steps import STEPS
 
 USAGE = "python -m spd_launch [-m] +experiment=NAME [key=value ...]"
 EXAMPLES = """examples:
@@ -23,6 +26,7 @@ EXAMPLES = """examples:
   python -m spd_launch +experiment=tms_5-2 cluster=local train.steps=500
   python -m spd_launch +experiment=tms_5-2 cluster=cpu dp=16          2 nodes x 8 tasks
   python -m spd_launch -m +experiment=tms_5-2 seed=0,1,2              three runs, one job array
+  python -m spd_launch +sweep=NAME                            the runs of sweeps/NAME.yaml
   python -m spd_launch +experiment=tms_5-2 launch.dry_run=true        what would be done
   python -m spd_launch +experiment=tms_5-2 launch.goal=target         only train the target
   python -m spd_launch +experiment=tms_5-2 --cfg job                  the composed config
@@ -37,9 +41,9 @@ def main() -> int:
         # Look for a user's own parts where the run will: not in the current folder.
         sys.path[0] = str(PACKAGE_ROOT)
     options = _parser().parse_intermixed_args()
-    if not any(o.lstrip("+").startswith("cluster=") for o in options.overrides):
-        print(f"cluster={default_cluster()}: {_why_default()}", file=sys.stderr)
     composed = compose(options.overrides, options.multirun)
+    if any("cluster" not in run.overrides for run in composed):
+        print(f"cluster={default_cluster()}: {_why_default()}", file=sys.stderr)
     if options.cfg:
         return _show_config(composed)
     return launch(composed)
@@ -47,7 +51,8 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     epilog = "\n\n".join([
-        f"experiments: {', '.join(experiment_names())}\nclusters:    {', '.join(cluster_names())}",
+        f"experiments: {', '.join(experiment_names())}\nclusters:    {', '.join(cluster_names())}\n"
+        f"sweeps:      {', '.join(sweep_names())}",
         EXAMPLES,
     ])  # fmt: skip
     parser = argparse.ArgumentParser(
@@ -81,12 +86,12 @@ def launch(composed: list[Composed]) -> int:
     """Validate every run, then send all of them or none."""
     from spd_core.targets.store import target_name
     from spd_launch.inputs import check_inputs
-    from spd_launch.ledger import all_or_nothing, new_launch, record, stored_targets
-    from spd_launch.plan import make_plan
+    from spd_launch.ledger import all_or_nothing, new_launch, read_rows, record, stored_targets
+    from spd_launch.plan import make_plan, step_tasks
     from spd_launch.snapshot import Snapshot, take_snapshot
-    from spd_launch.validate import validate
+    from spd_launch.validate import validate_all
 
-    runs = [(run.overrides, validate(run.values)) for run in composed]
+    runs = validate_all(composed)
     options = runs[0][1].launch
     plan = make_plan(runs, "DRYRUN", "0000", stored_targets(runs))
     if options.dry_run:
@@ -103,7 +108,9 @@ def launch(composed: list[Composed]) -> int:
         if options.snapshot == "copy":
             code = take_snapshot(PACKAGE_ROOT, folder.code, plan.launch_id, options.out_dir)
         record(folder, plan, code.python_path, code.commit)
-        return start(folder, plan.tasks, plan.cluster.kind, code.python_path)
+        steps = [row for row in read_rows(folder) if row.goal in STEPS]
+        tasks = plan.tasks + step_tasks(steps, {t.run_id: t.config for t in plan.tasks})
+        return start(folder, tasks, plan.cluster.kind, code.python_path)
 
 
 def _take_targets(configs) -> None:
@@ -148,10 +155,8 @@ def start(folder, tasks, kind: str, python_path: Path) -> int:
 
 
 def _count(tasks) -> str:
-    n_targets = sum(task.config.launch.goal == "target" for task in tasks)
-    parts = [f"{n_targets} target(s)"] if n_targets else []
-    if n_targets < len(tasks):
-        parts.append(f"{len(tasks) - n_targets} run(s)")
+    n = Counter({"target": "target", "decomposition": "run"}.get(t.goal, "step") for t in tasks)
+    parts = [f"{n[kind]} {kind}(s)" for kind in ("target", "run", "step") if n[kind]]
     return " and ".join(parts)
 
 
@@ -171,6 +176,11 @@ def _show_plan(plan) -> int:
             typed = " ".join(f"{key}={value}" for key, value in task.overrides.items())
             after = "" if task.after is None else f"   after {task.after}"
             print(f"  {task.run_id}   {typed}{after}")
+    launch = plan.tasks[0].config.launch
+    for step in launch.then:
+        each = f"{launch.then_needs} of the runs have finished"
+        each = "a run has finished, for that run" if STEPS[step].of_each == "run" else each
+        print(f"then {step}, when {each}")
     print("dry run: nothing written, nothing sent")
     return 0
 

@@ -3,14 +3,15 @@
 import os
 from pathlib import Path
 
-from spd_core.config import RunConfig, config_digest
+from spd_core.config import config_digest
 from spd_core.data.documents import WITHOUT_HUB, check_files
+from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError
 
 HUB_TIMEOUT_S = 10
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(config: JobConfig) -> None:
     """Look for what is not there, as far as that takes seconds; the run itself looks at the rest.
 
     Raises:
@@ -43,7 +44,7 @@ def check_inputs(config: RunConfig) -> None:
         raise LaunchError(str(error)) from None
 
 
-def _check_name(field: str, name: str, kind: str, config: RunConfig) -> None:
+def _check_name(field: str, name: str, kind: str, config: JobConfig) -> None:
     """Whether this is a folder, was downloaded, or is on the hub."""
     own_cache = any(key.startswith("HF_") for key in config.cluster.env)
     if own_cache or Path(name).expanduser().is_dir():

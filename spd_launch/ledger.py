@@ -1,7 +1,8 @@
 """What was launched, on disk: plain files, each written whole or appended to.
 
 A launch is one execution of one command; a run is one trained thing. `jobs.jsonl` gets a line for
-each submission, local execution and cancellation, so a run's history stays readable.
+each submission, local execution and cancellation, so a run's history stays readable. What only
+looks at a launch reads `tasks.jsonl`, and leaves the runs' configs alone: a thousand take seconds.
 """
 
 import json
@@ -24,12 +25,12 @@ from spd_core.config import RunConfig, config_digest, config_to_yaml, load_confi
 from spd_core.run_dir import RunDir, write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
+from spd_launch.config import JobConfig, run_config
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, make_plan, shape
-from spd_launch.run_record import Status, read_status, write_status
+from spd_launch.run_record import ERROR, Status, read_status, write_status
 from spd_launch.snapshot import drop_snapshot
-
-ERROR = "error.txt"  # in a run's folder
+from spd_launch.steps import STEPS, Row, step_rows
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,14 @@ class LaunchDir:
     def run_dir(self, run_id: str) -> RunDir:
         return RunDir(self.path.parent.parent / "runs" / run_id)
 
+    def folder(self, row: Row) -> RunDir:
+        """Where the row's status is: a run has its own folder, a step one of this launch."""
+        return (
+            RunDir(self.path / "then" / row.name) if row.goal in STEPS else self.run_dir(row.name)
+        )
 
-def new_launch(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> tuple[LaunchPlan, LaunchDir]:
+
+def new_launch(runs: Sequence[tuple[dict[str, str], JobConfig]]) -> tuple[LaunchPlan, LaunchDir]:
     """Plan under a name that nobody has, and claim it with its folders.
 
     Raises:
@@ -93,7 +100,7 @@ def new_launch(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> tuple[Launch
     raise RuntimeError(f"no free launch name in {out_dir} after 100 tries")
 
 
-def stored_targets(runs: Sequence[tuple[dict[str, str], RunConfig]]) -> set[str]:
+def stored_targets(runs: Sequence[tuple[dict[str, str], JobConfig]]) -> set[str]:
     """The names of those targets of the runs that are trained already."""
     store = runs[0][1].launch.out_dir / "targets"
     names = {target_name(config) for _, config in runs}
@@ -129,7 +136,10 @@ def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
 
 
 def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str | None) -> None:
-    """Write what is launched, and every run's frozen config: all before the first submission."""
+    """Write what is launched, and every run's frozen config: all before the first submission.
+
+    A run's folder says what is trained; where and how it runs stands in the launch's own.
+    """
     info = {
         "launch_id": plan.launch_id,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -140,24 +150,56 @@ def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str |
         "python_path": str(python_path),
         "commit": commit,
         "kind": plan.cluster.kind,
+        "then": plan.tasks[0].config.launch.then,
+        "then_needs": plan.tasks[0].config.launch.then_needs,
     }
     for task in plan.tasks:
         run_dir = launch.run_dir(task.run_id)
-        write_atomic(run_dir.config_file, config_to_yaml(task.config))
-        write_status(run_dir, _pending(task.config))
-    write_atomic(launch.tasks_file, "".join(json.dumps(_row(t)) + "\n" for t in plan.tasks))
+        write_atomic(run_dir.config_file, config_to_yaml(run_config(task.config)))
+        write_status(run_dir, pending(n_steps(task.config)))
+    differences = varying([flat(run_config(task.config)) for task in plan.tasks])
+    rows = [_row(task, values) for task, values in zip(plan.tasks, differences, strict=True)]
+    write_atomic(launch.tasks_file, "".join(json.dumps(row) + "\n" for row in rows))
     write_atomic(launch.plan_file, json.dumps(describe(plan), indent=1) + "\n")
     write_atomic(launch.launch_file, yaml.safe_dump(info, sort_keys=False))
 
 
-def _row(task: Task) -> dict[str, Any]:
+def _row(task: Task, varies: dict[str, Any]) -> dict[str, Any]:
     return {
         "index": task.index,
         "run_id": task.run_id,
         "overrides": task.overrides,
         "after": task.after,
-        "digest": config_digest(task.config),
+        "digest": config_digest(run_config(task.config)),
+        "goal": task.goal,
+        "target": target_name(task.config),
+        "varies": varies,
+        "cluster": task.config.cluster.model_dump(mode="json"),
+        "launch": task.config.launch.model_dump(mode="json"),
     }
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted name -> value."""
+
+    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict) and value:
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(config.model_dump(mode="json"), ""))
+
+
+def varying(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each config the values that are not the same in all."""
+    missing = object()
+    keys = dict.fromkeys(key for config in configs for key in config)
+    several = [
+        k for k in keys if any(c.get(k, missing) != configs[0].get(k, missing) for c in configs)
+    ]
+    return [{key: config[key] for key in several if key in config} for config in configs]
 
 
 def describe(plan: LaunchPlan) -> dict[str, Any]:
@@ -167,7 +209,7 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
             "cluster": array.cluster.name,
             "nodes": array.nodes,
             "tasks_per_node": array.tasks_per_node,
-            "goal": array.tasks[0].config.launch.goal,
+            "goal": array.tasks[0].goal,
             "after": array.tasks[0].after,
             "runs": [task.run_id for task in array.tasks],
         }
@@ -176,10 +218,13 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
     return {"launch_id": plan.launch_id, "arrays": arrays}
 
 
-def mark(run_dir: RunDir, state: str) -> None:
-    """Set a run's state from outside; step and attempt stay."""
-    old = read_status(run_dir) or _pending(load_config(run_dir.config_file))
-    write_status(run_dir, Status.model_validate({**old.model_dump(), "state": state}))
+def mark(folder: RunDir, state: str) -> None:
+    """Set the state of a run, or a step, from outside; step and attempt stay."""
+    old = read_status(folder)
+    if old is None:  # a step that has not started
+        folder.path.mkdir(parents=True, exist_ok=True)
+        old = pending(1)
+    write_status(folder, Status.model_validate({**old.model_dump(), "state": state}))
 
 
 def mark_failed(run_dir: RunDir, error: BaseException) -> None:
@@ -188,13 +233,7 @@ def mark_failed(run_dir: RunDir, error: BaseException) -> None:
     mark(run_dir, "failed")
 
 
-def read_error(run_dir: RunDir) -> str:
-    """What a failed run failed of, in one line; empty where it had no time to say."""
-    file = run_dir.path / ERROR
-    return " ".join(file.read_text().split()) if file.exists() else ""
-
-
-def n_steps(config: RunConfig) -> int:
+def n_steps(config: JobConfig) -> int:
     """The steps of what this run trains: a decomposition or a target."""
     if config.launch.goal == "decomposition":
         return config.train.steps
@@ -202,9 +241,9 @@ def n_steps(config: RunConfig) -> int:
     return config.target.steps
 
 
-def _pending(config: RunConfig) -> Status:
+def pending(steps: int) -> Status:
     return Status(
-        state="pending", step=0, steps=n_steps(config), heartbeat=time.time(),
+        state="pending", step=0, steps=steps, heartbeat=time.time(),
         attempt=0, job_id=None, host="",
     )  # fmt: skip
 
@@ -212,6 +251,9 @@ def _pending(config: RunConfig) -> Status:
 def note_jobs(launch: LaunchDir, kind: str, jobs: dict[str, str]) -> None:
     """Append one line: kind (submit, local, cancel) and run id -> job id."""
     line = {"kind": kind, "time": time.time(), "host": socket.gethostname(), "jobs": jobs}
+    if launch.jobs_file.exists():  # a kill, or a full disk, may have left half a line
+        whole = launch.jobs_file.read_bytes().rpartition(b"\n")
+        os.truncate(launch.jobs_file, len(whole[0] + whole[1]))
     with open(launch.jobs_file, "a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -222,7 +264,9 @@ def latest_jobs(launch: LaunchDir) -> dict[str, str]:
     """run id -> the job it was last given."""
     jobs: dict[str, str] = {}
     if launch.jobs_file.exists():
-        for line in launch.jobs_file.read_text().splitlines():
+        for line in launch.jobs_file.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue  # half written
             entry = json.loads(line)
             jobs.update(entry["jobs"] if entry["kind"] != "cancel" else {})
     return jobs
@@ -232,28 +276,72 @@ def read_info(launch: LaunchDir) -> dict[str, Any]:
     return yaml.safe_load(launch.launch_file.read_text())
 
 
-def read_run_ids(launch: LaunchDir) -> list[str]:
-    return [json.loads(line)["run_id"] for line in launch.tasks_file.read_text().splitlines()]
+def known_jobs(launch: LaunchDir) -> set[str]:
+    """Every job that was ever noted."""
+    if not launch.jobs_file.exists():
+        return set()
+    lines = launch.jobs_file.read_text().splitlines()
+    return {job for line in lines for job in json.loads(line)["jobs"].values()}
+
+
+def read_rows(launch: LaunchDir) -> list[Row]:
+    """The runs of a launch, then the targets that it trains, then the steps that follow."""
+    rows = read_task_rows(launch)
+    return rows + step_rows(read_info(launch)["then"], rows)
+
+
+def read_task_rows(launch: LaunchDir) -> list[Row]:
+    """The runs of a launch, then the targets that it trains."""
+    return [
+        Row(line["index"], line["run_id"], line["overrides"], line["after"], line["goal"],
+            line["target"], line["varies"])
+        for line in _lines(launch)
+    ]  # fmt: skip
+
+
+def _lines(launch: LaunchDir) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in launch.tasks_file.read_text().splitlines()]
 
 
 def read_tasks(launch: LaunchDir) -> list[Task]:
-    """The launch's tasks with their frozen configs.
+    """The launch's runs and targets with their frozen configs; see `load_tasks`."""
+    return load_tasks(launch, read_task_rows(launch))
+
+
+def load_tasks(launch: LaunchDir, rows: Sequence[Row]) -> list[Task]:
+    """These runs and targets with their frozen configs.
 
     Raises:
         LaunchError: a run's folder is gone, or its config is of another version.
     """
-    tasks = []
-    for line in launch.tasks_file.read_text().splitlines():
-        row = json.loads(line)
-        file = launch.run_dir(row["run_id"]).config_file
-        try:
-            config = load_config(file)
-        except ValueError as error:
-            raise LaunchError(f"{file} cannot be read: {error}") from None
-        size = shape(config.cluster, config.dp)
-        task = Task(row["index"], row["run_id"], row["overrides"], config, *size, row["after"])
-        tasks.append(task)
-    return tasks
+    names = {row.name for row in rows}
+    return [_read_task(launch, line) for line in _lines(launch) if line["run_id"] in names]
+
+
+def read_task(launch: LaunchDir, run_id: str) -> Task:
+    """One task, without the configs of the others.
+
+    Raises:
+        LaunchError: as `read_tasks`, or there is no such run.
+    """
+    for line in _lines(launch):
+        if line["run_id"] == run_id:
+            return _read_task(launch, line)
+    raise LaunchError(f"no run {run_id!r} in {launch.tasks_file}")
+
+
+def _read_task(launch: LaunchDir, line: dict[str, Any]) -> Task:
+    file = launch.run_dir(line["run_id"]).config_file
+    try:
+        values = dict(load_config(file)) | {key: line[key] for key in ("cluster", "launch")}
+        config = JobConfig.model_validate(values)
+    except ValueError as error:
+        raise LaunchError(f"{file} cannot be read: {error}") from None
+    size = shape(config.cluster, config.dp)
+    return Task(
+        line["index"], line["run_id"], line["overrides"], config, *size, line["after"],
+        line["goal"],
+    )  # fmt: skip
 
 
 def default_out_dir() -> Path:
@@ -290,13 +378,18 @@ def find_launch(name: str, out_dir: Path) -> LaunchDir:
     raise LaunchError(f"no launch {name!r} in {out_dir}{nearest(name, ids)}")
 
 
-def find_task(tasks: Sequence[Task], name: str) -> Task:
-    """The task with this index or this unique part of its run id."""
-    found = [t for t in tasks if name == str(t.index) or name == t.run_id]
-    found = found or [t for t in tasks if name in t.run_id]
+def find_rows(rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows of this step, or the one that `find_row` finds."""
+    return [row for row in rows if row.goal == name and name in STEPS] or [find_row(rows, name)]
+
+
+def find_row(rows: Sequence[Row], name: str) -> Row:
+    """The row with this index, this name, or a unique part of it; first among the runs."""
+    runs = [row for row in rows if row.goal not in STEPS]
+    found = [row for row in rows if name in (str(row.index), row.name)]
+    found = found or [row for row in runs if name in row.name]
+    found = found or [row for row in rows if name in row.name]
     if len(found) == 1:
         return found[0]
     several = f"names {len(found)} runs" if found else "names no run"
-    raise LaunchError(
-        f"{name!r} {several} of this launch{nearest(name, [t.run_id for t in tasks])}"
-    )
+    raise LaunchError(f"{name!r} {several} of this launch{nearest(name, [r.name for r in rows])}")

@@ -15,43 +15,45 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spd_core.config import ClusterConfig
-from spd_launch import slurm_state, task
+from spd_core.config import config_digest
+from spd_launch import slurm_state, task, then
 from spd_launch.compose import template_folders
+from spd_launch.config import ClusterConfig
 from spd_launch.errors import LaunchError, nearest
-from spd_launch.ledger import LaunchDir, latest_jobs, note_jobs
-from spd_launch.plan import Array, Task, group
+from spd_launch.ledger import LaunchDir, latest_jobs, note_jobs, read_info, read_rows
+from spd_launch.plan import Array, Task, group, step_arrays
+from spd_launch.steps import STEPS
 
 # A rank that dies ends its peers, which would wait for it in a collective for ever.
 SRUN = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append", "--export=ALL"]
 
 
 def submit(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> dict[str, str]:
-    """Send the tasks, targets first; returns run id -> job id.
+    """Send the tasks: targets, then runs, then steps; returns run id -> job id.
 
     A decomposition starts when the job that trains its target has succeeded, and is cancelled by
-    Slurm when that job has failed.
+    Slurm when that job has failed. So is a step, with the runs that it needs.
 
     Raises:
         LaunchError: Slurm refused; its own words, with nothing left in the queue.
     """
-    for array in group(tasks):
-        _copy_setup(launch, array.cluster)
+    for cluster in {config_digest(t.config.cluster): t.config.cluster for t in tasks}.values():
+        _copy_setup(launch, cluster)
     before = set(slurm_state.live_jobs(launch.launch_id))
-    # When a launch is resumed, its targets may be done, or still in training.
+    # When a launch is resumed, its targets and other runs may be done, or still at work.
     live = {run_id: job for run_id, job in latest_jobs(launch).items() if job in before}
     jobs: dict[str, str] = {}
     try:
-        chunks = split(group(tasks), slurm_state.array_limit() if len(tasks) > 1 else 1)
-        goals = Counter(chunk.tasks[0].config.launch.goal for chunk in chunks)
+        limit = slurm_state.array_limit() if len(tasks) > 1 else 1
+        chunks = split(group([task for task in tasks if task.goal not in STEPS]), limit)
+        goals = Counter(chunk.tasks[0].goal for chunk in chunks)
         with _outside_of_jobs():
             for chunk in chunks:
                 first = chunk.tasks[0]
                 after = (live | jobs).get(first.after) if first.after else None
-                at_once = goals[first.config.launch.goal]
-                sent = _send(launch, chunk, python_path, at_once, after)
-                note_jobs(launch, "submit", sent)
-                jobs |= sent
+                dependency = None if after is None else f"afterok:{after}"
+                jobs |= _send(launch, chunk, python_path, goals[first.goal], dependency)
+            _send_steps(launch, tasks, python_path, live, jobs, limit)
     except BaseException:
         slurm_state.cancel_jobs(sorted(set(slurm_state.live_jobs(launch.launch_id)) - before))
         raise
@@ -67,28 +69,58 @@ def split(arrays: Sequence[Array], limit: int) -> list[Array]:
     ]
 
 
+def _send_steps(
+    launch: LaunchDir,
+    tasks: Sequence[Task],
+    python_path: Path,
+    live: dict[str, str],
+    jobs: dict[str, str],
+    limit: int,
+) -> None:
+    """Send the steps among the tasks in their order; adds their jobs to `jobs`.
+
+    `live` are jobs of this launch that were sent before, `jobs` those that are sent now.
+    """
+    info, rows = read_info(launch), read_rows(launch)
+    names = {row.name for row in rows if row.goal == "decomposition"}
+    # What every run's chain ends with so far, and (None) the last step of the whole launch.
+    ends: dict[str | None, str] = {n: job for n, job in (live | jobs).items() if n in names}
+    for step in info["then"]:
+        mine = [task for task in tasks if task.goal == step]
+        for array, dependency in step_arrays(mine, ends, jobs.values(), info["then_needs"]):
+            for chunk in split([array], limit):
+                jobs |= _send(launch, chunk, python_path, 1, dependency)
+        steps = [row for row in rows if row.goal == step]
+        ends |= {row.after: job for row in steps if (job := (live | jobs).get(row.name))}
+
+
 def _send(
-    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, after: str | None
+    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, dependency: str | None
 ) -> dict[str, str]:
+    """Send one array, and note its jobs."""
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
         executor = SlurmExecutor(launch.logs)
-        executor.update_parameters(**job_parameters(launch, array, python_path, n_arrays, after))
+        executor.update_parameters(
+            **job_parameters(launch, array, python_path, n_arrays, dependency)
+        )
+        names = [t.run_id for t in array.tasks]
         with redirect_stderr(io.StringIO()):  # submitit prints what it also raises
-            sent = executor.map_array(
-                task.run, [str(launch.run_dir(t.run_id).path) for t in array.tasks]
-            )
+            function = then.run if array.tasks[0].goal in STEPS else task.run
+            sent = executor.map_array(function, [str(launch.path)] * len(names), names)
     except (FailedJobError, FailedSubmissionError) as error:
         raise LaunchError(_in_slurms_words(str(error), array.cluster)) from None
-    return {t.run_id: job.job_id for t, job in zip(array.tasks, sent, strict=True)}
+    jobs = {name: job.job_id for name, job in zip(names, sent, strict=True)}
+    note_jobs(launch, "submit", jobs)
+    return jobs
 
 
 def job_parameters(
-    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, after: str | None
+    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, dependency: str | None
 ) -> dict[str, Any]:
-    """What submitit puts into the script; `after` is the job that must succeed first.
+    """What submitit puts into the script; `dependency` in Slurm's words, such as afterok:12_3.
 
     The `n_arrays` arrays of one launch that may run at one time share `max_parallel` in equal
     parts, at least one task each.
@@ -97,8 +129,8 @@ def job_parameters(
     n = len(array.tasks)
     parallel = array.tasks[0].config.launch.max_parallel
     further = {k.replace("_", "-"): v for k, v in cluster.sbatch.items() if v is not False}
-    if after is not None:
-        both = filter(None, [f"afterok:{after}", further.get("dependency")])
+    if dependency is not None:
+        both = filter(None, [dependency, further.get("dependency")])
         further |= {"dependency": ",".join(map(str, both)), "kill-on-invalid-dep": "yes"}
     asks_for_gpus = any(key.startswith(("gres", "gpus")) for key in further)
     return {

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -15,6 +16,7 @@ from spd_core.config import RunConfig
 from spd_core.run_dir import RunDir
 
 REPO = Path(__file__).parent.parent
+WHERE = ("cluster", "launch")  # what the core does not know of
 
 settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("fast")
@@ -55,7 +57,8 @@ def _compose(overrides: tuple[str, ...]) -> RunConfig:
     shipped = (f"hydra.searchpath=['file://{REPO}/slurm_templates']", "+experiment=tms_5-2")
     with initialize_config_dir(str(REPO / "spd_launch" / "conf"), version_base="1.3"):
         composed = compose("config", [*shipped, "cluster=local", *overrides])
-    return RunConfig.model_validate(OmegaConf.to_container(composed, resolve=True))
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    return RunConfig.model_validate({k: v for k, v in values.items() if k not in WHERE})
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_imports_go_one_way(file):
 
 
 def test_planning_does_not_load_torch():
-    code = "import sys, spd_core.config, spd_core.run_dir; sys.exit('torch' in sys.modules)"
+    code = "import sys, spd_core.run_dir, spd_launch.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
 
 

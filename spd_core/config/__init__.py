@@ -92,6 +92,7 @@ class EvalConfig(BaseConfig):
 class CheckpointConfig(BaseConfig):
     every_steps: Count
     keep: Count = Field(description="newest checkpoints kept")
+    keep_every: Count | None = Field(description="those of multiples of so many steps stay too")
 
 
 class WandbConfig(BaseConfig):
@@ -107,41 +108,8 @@ class TrackConfig(BaseConfig):
     wandb: WandbConfig
 
 
-class ClusterConfig(BaseConfig):
-    """A profile of `slurm_templates/`; `kind: local` runs in this process's machine."""
-
-    kind: Literal["slurm", "local"]
-    name: str
-    gpus_per_node: Count = Field(description="tasks of one full node")
-    nodes: Count | None = Field(description="null = as many as dp asks for")
-    device: Literal["gpu", "cpu"] = Field(description="whether a task is given a GPU")
-    cpus_per_task: Count = Field(description="cores, and CPU threads, of one rank")
-    mem_per_task_gb: Positive | None
-    partition: str | None
-    account: str | None
-    qos: str | None
-    time_min: Count
-    signal_delay_s: Count = Field(description="warning before the time limit")
-    requeue: Literal["on", "off"] = Field(description="continue by itself after a kill")
-    env: dict[str, str] = Field(description="environment of every task")
-    setup: str | None = Field(description="a shell file of slurm_templates/ sourced first")
-    sbatch: dict[str, str | int | bool] = Field(description="further sbatch options")
-
-
-class LaunchConfig(BaseConfig):
-    out_dir: Path
-    name: str | None = Field(description="name of the launch; null = the experiment's")
-    goal: Literal["decomposition", "target"] = Field(
-        description="target = only put the target into the store, where runs find it"
-    )
-    dry_run: bool
-    max_parallel: Count | None = Field(description="array tasks at one time; null = no limit")
-    snapshot: Literal["copy", "off"]
-    max_requeues: Annotated[int, Field(ge=0)]
-
-
 class RunConfig(BaseConfig):
-    """One run, as the user wrote it."""
+    """What one run trains, and how; nothing of where it runs."""
 
     experiment: str
     seed: Seed
@@ -154,8 +122,6 @@ class RunConfig(BaseConfig):
     eval: EvalConfig
     checkpoint: CheckpointConfig
     track: TrackConfig
-    cluster: ClusterConfig
-    launch: LaunchConfig
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

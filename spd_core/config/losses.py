@@ -11,14 +11,10 @@ When = Literal["fast", "slow"] | Count
 
 
 class LossConfig(BaseConfig):
-    """In `losses` a loss has a coefficient; in `eval.metrics` it has a frequency."""
+    """A loss without options. In `losses` it has a coefficient, in `eval.metrics` a frequency."""
 
     coeff: float | ScheduleConfig | None = Field(None, description="weight in training")
     when: When | None = Field(None, description="fast, slow, or every so many steps")
-
-
-class FaithfulnessConfig(LossConfig):
-    """Squared error between the target weights and the sum of subcomponents."""
 
 
 class ImportanceMinimalityConfig(LossConfig):
@@ -49,10 +45,6 @@ Subset = UniformKSubsetConfig | StaticProbabilityConfig
 SubsetRouting = Annotated[Subset, Field(discriminator="kind")]
 
 
-class ReconConfig(LossConfig):
-    """A reconstruction loss without options: its name says masks and routing."""
-
-
 class SubsetReconConfig(LossConfig):
     routing: SubsetRouting
 
@@ -69,16 +61,12 @@ class PGDReconConfig(LossConfig, PGDConfig):
     scope: Literal["unique_per_datapoint", "shared_across_batch"]
 
 
-class PGDSubsetReconConfig(PGDReconConfig):
-    routing: SubsetRouting
+class PGDSubsetReconConfig(PGDReconConfig, SubsetReconConfig):
+    """With the options of both."""
 
 
 class CustomLossConfig(LossConfig, CustomConfig):
     """A loss of the user's own."""
-
-
-Recon = ReconConfig | SubsetReconConfig | PGDReconConfig
-AnyLossConfig = FaithfulnessConfig | ImportanceMinimalityConfig | Recon | CustomLossConfig
 
 
 class LossNames(BaseConfig):
@@ -86,18 +74,18 @@ class LossNames(BaseConfig):
 
     model_config = ConfigDict(extra="allow", frozen=True)  # parts of the user's own have own names
     importance_minimality: ImportanceMinimalityConfig | None = None
-    faithfulness: FaithfulnessConfig | None = None
-    unmasked_recon: ReconConfig | None = None
-    ci_masked_recon: ReconConfig | None = None
+    faithfulness: LossConfig | None = None
+    unmasked_recon: LossConfig | None = None
+    ci_masked_recon: LossConfig | None = None
     ci_masked_recon_subset: SubsetReconConfig | None = None
-    ci_masked_recon_layerwise: ReconConfig | None = None
-    stochastic_recon: ReconConfig | None = None
+    ci_masked_recon_layerwise: LossConfig | None = None
+    stochastic_recon: LossConfig | None = None
     stochastic_recon_subset: SubsetReconConfig | None = None
-    stochastic_recon_layerwise: ReconConfig | None = None
+    stochastic_recon_layerwise: LossConfig | None = None
     pgd_recon: PGDReconConfig | None = None
     pgd_recon_subset: PGDSubsetReconConfig | None = None
     pgd_recon_layerwise: PGDReconConfig | None = None
-    stochastic_hidden_acts_recon: ReconConfig | None = None
+    stochastic_hidden_acts_recon: LossConfig | None = None
 
     def configured(self) -> dict[str, Any]:
         """The parts that are on, also those of the user's own, by name."""

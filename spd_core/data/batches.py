@@ -30,11 +30,15 @@ from spd_core.targets.config import (
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What a step or an evaluation works on: this rank's model, and where the rank stands."""
+    """What a step or an evaluation works on: this rank's model, and where the rank stands.
+
+    `data` is the folder of tokenised corpora; only text is read from there.
+    """
 
     config: RunConfig
     model: ComponentModel
     dist: Dist
+    data: Path
 
     def autocast(self) -> torch.autocast:
         """The precision of forward passes: bf16 where it is safe, or float32 throughout."""
@@ -77,7 +81,7 @@ FeatureTarget = TMSTargetConfig | ResidMLPTargetConfig | CustomTargetConfig
 
 
 def draw_examples(
-    config: RunConfig, randomness: StepRandomness, purpose: str
+    config: RunConfig, data: Path, randomness: StepRandomness, purpose: str
 ) -> Float[Tensor, "batch ..."]:
     match config.data:
         case SparseFeatureDataConfig():
@@ -88,18 +92,17 @@ def draw_examples(
             return induction_sequences(config.data, stream)[:, :-1]
         case TextDataConfig():
             split = "eval" if randomness.phase == "eval" else "train"
-            return token_batch(token_data(config.data, config.launch.out_dir), split, randomness)
+            return token_batch(token_data(config.data, data), split, randomness)
 
 
-def token_data(data: TextDataConfig, out_dir: Path) -> TokenData:
+def token_data(config: TextDataConfig, store: Path) -> TokenData:
     """The tokenised corpus, opened once per process."""
-    return _token_data(data.model_dump_json(), out_dir)
+    return _token_data(config.model_dump_json(), store)
 
 
 @cache
-def _token_data(data_json: str, out_dir: Path) -> TokenData:
-    data = TextDataConfig.model_validate_json(data_json)
-    return load_or_tokenise(data, out_dir / "data", Console())
+def _token_data(config_json: str, store: Path) -> TokenData:
+    return load_or_tokenise(TextDataConfig.model_validate_json(config_json), store, Console())
 
 
 def n_features(config: RunConfig) -> int:
@@ -117,7 +120,7 @@ def n_features(config: RunConfig) -> int:
 def make_batch(d: Decomposition, randomness: StepRandomness, purpose: str) -> Batch:
     """Examples, the target's output and causal importances of one part of a step."""
     config, model = d.config, d.model
-    examples = draw_examples(config, randomness, purpose)
+    examples = draw_examples(config, d.data, randomness, purpose)
     target_out, inputs = model.run_target(examples)
     silent = _silent_examples(config, inputs, len(examples))
     if len(silent) < 2:

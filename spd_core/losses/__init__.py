@@ -12,10 +12,9 @@ from spd_core.base_config import CustomConfig
 from spd_core.config import losses as options
 from spd_core.data.batches import Batch, Batches, Decomposition
 from spd_core.losses import minimality, pgd
-from spd_core.losses.distance import LossParts
-from spd_core.losses.faithfulness import faithfulness
-from spd_core.losses.recon import Routing, Source, hidden_acts_recon, recon
-from spd_core.masks import Sources
+from spd_core.losses.distance import LossParts, faithfulness
+from spd_core.losses.recon import Source, hidden_acts_recon, recon
+from spd_core.masks import Routing, Sources
 from spd_core.parts import load_part
 from spd_core.schedule import annealed_p
 
@@ -34,7 +33,7 @@ class Step:
 @torch.no_grad()
 def prepare_step(
     d: Decomposition,
-    losses: Mapping[str, options.AnyLossConfig],
+    losses: Mapping[str, options.LossConfig],
     batches: Batches,
     n_microbatches: int,
     position: float,
@@ -56,15 +55,13 @@ def prepare_step(
     return step
 
 
-def loss_parts(name: str, config: options.AnyLossConfig, batch: Batch, step: Step) -> LossParts:
+def loss_parts(name: str, config: options.LossConfig, batch: Batch, step: Step) -> LossParts:
     """One loss on this rank as (sum, count); see `distributed` for how ranks add up.
 
     Of microbatches, the losses are averaged: all have the same number of examples.
     """
     model, active, routing = step.d.model, batch.active or batch, _routing(name, config)
     match config:
-        case options.FaithfulnessConfig():
-            return faithfulness(model.components)
         case options.ImportanceMinimalityConfig():
             sums = minimality.power_sums(batch.ci, step.p[name])
             if step.n_microbatches > 1:
@@ -79,16 +76,18 @@ def loss_parts(name: str, config: options.AnyLossConfig, batch: Batch, step: Ste
                 model, lambda: [active], config, routing, name, shared_by=None
             )
             parts = pgd.pgd_recon(model, active, sources, routing, name)
-        case options.ReconConfig() if name == "stochastic_hidden_acts_recon":
+        case _ if name == "faithfulness":
+            return faithfulness(model.components)
+        case _ if name == "stochastic_hidden_acts_recon":
             parts = hidden_acts_recon(model, active, name)
-        case options.ReconConfig() | options.SubsetReconConfig():
+        case _:
             source = cast(Source, name.split("_recon")[0])
             parts = recon(model, active, source, routing, name)
     # Every example counts, also those that add nothing to the sum.
     return parts[0], parts[1] * len(batch.examples) // len(active.examples)
 
 
-def _routing(name: str, config: options.AnyLossConfig) -> Routing:
-    if isinstance(config, options.SubsetReconConfig | options.PGDSubsetReconConfig):
+def _routing(name: str, config: options.LossConfig) -> Routing:
+    if isinstance(config, options.SubsetReconConfig):
         return config.routing
     return "layerwise" if name.endswith("_layerwise") else "all"

@@ -7,10 +7,10 @@ import torch
 from spd_core.component_model import ComponentModel
 from spd_core.config.losses import PGDConfig
 from spd_core.data.batches import Batch, Batches
-from spd_core.distributed import Dist, all_sum
+from spd_core.distributed import Dist, over_ranks
 from spd_core.losses.distance import LossParts
-from spd_core.losses.recon import Routes, Routing, draw_routes, masked_distance, total
-from spd_core.masks import Sources, masks_from_sources
+from spd_core.losses.recon import masked_distance, total
+from spd_core.masks import Routes, Routing, Sources, draw_routes, masks_from_sources
 
 
 def pgd_recon(
@@ -44,29 +44,24 @@ def worst_sources(
     sources = _start(model, next(iter(batches())), search, f"{purpose}:sources", shared_by)
     routes = [draw_routes(batch, routing, f"{purpose}:route") for batch in batches()]
     for _ in range(search.n_steps):
-        gradients = [torch.zeros_like(source) for source in sources.values()]
+        leaves = {name: source.detach().requires_grad_() for name, source in sources.items()}
         for batch, batch_routes in zip(batches(), routes, strict=True):
             # Evaluation runs under no_grad, and here the importances are constants.
             with torch.enable_grad():
-                tracked = {n: source.detach().requires_grad_() for n, source in sources.items()}
                 fixed = {n: replace(ci, lower=ci.lower.detach()) for n, ci in batch.ci.items()}
-                sum_, _ = _distance(model, replace(batch, ci=fixed), tracked, batch_routes)
-            leaves, parts = list(tracked.values()), ()
+                sum_, _ = _distance(model, replace(batch, ci=fixed), leaves, batch_routes)
             if sum_.requires_grad:  # else it depends on no module at all
-                parts = torch.autograd.grad(sum_, leaves, allow_unused=True)
-            unused = [n for i, n in enumerate(sources) if not parts or parts[i] is None]
-            if unused:
-                raise ValueError(
-                    f"the target's output does not depend on {', '.join(unused)}, so {purpose} has "
-                    "no worst mask; leave these modules out of decompose.modules"
-                )
-            gradients = [g + part for g, part in zip(gradients, parts, strict=True)]
-        flat = torch.cat([g.reshape(-1) for g in gradients])
+                sum_.backward(inputs=list(leaves.values()))
+        gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        if unused := leaves.keys() - gradients:
+            raise ValueError(
+                f"the target's output does not depend on {', '.join(unused)}, so {purpose} has "
+                "no worst mask; leave these modules out of decompose.modules"
+            )
         if shared_by is not None:
-            flat = all_sum(flat, shared_by)
-        steps = flat.sign().mul_(search.step_size).split([g.numel() for g in gradients])
-        for (name, source), step in zip(sources.items(), steps, strict=True):
-            sources[name] = (source + step.view_as(source)).clamp_(0, 1)
+            gradients = over_ranks("sum", gradients, shared_by)
+        for name, gradient in gradients.items():
+            sources[name] = (sources[name] + search.step_size * gradient.sign()).clamp_(0, 1)
     return sources
 
 

@@ -5,14 +5,10 @@ from typing import Literal
 import torch
 
 from spd_core.component_model import Cache, ComponentModel, MaskInfo
-from spd_core.config.losses import StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
 from spd_core.losses.distance import LossParts, distance
-from spd_core.masks import stochastic_masks
-from spd_core.routing import Route, route_all, route_static_probability, route_uniform_k_subset
+from spd_core.masks import Routing, draw_routes, stochastic_masks
 
-Routing = Literal["all", "layerwise"] | UniformKSubsetConfig | StaticProbabilityConfig
-Routes = dict[str, Route]
 Source = Literal["unmasked", "ci_masked", "stochastic"]
 
 
@@ -35,7 +31,7 @@ def recon(
                     masks = {n: MaskInfo(batch.ci[n].lower, None, r) for n, r in routes.items()}
                 case "stochastic":
                     part = f"{purpose}:{sample}:{next(iter(routes))}"
-                    masks = draw_masks(model, batch, routes, part)
+                    masks = stochastic_masks(model, batch, routes, part)
             passes.append(masked_distance(model, batch, masks))
     return total(passes)
 
@@ -48,37 +44,13 @@ def hidden_acts_recon(model: ComponentModel, batch: Batch, purpose: str) -> Loss
     compared = [n for n, x in batch.inputs.items() if x.is_floating_point()]
     if not compared:
         raise ValueError("stochastic_hidden_acts_recon: only embeddings are decomposed")
-    passes = []
+    passes, everywhere = [], dict.fromkeys(batch.ci)
     for sample in range(model.config.n_mask_samples):
         cache = Cache()
-        masks = draw_masks(model, batch, route_all(list(batch.ci)), f"{purpose}:{sample}")
+        masks = stochastic_masks(model, batch, everywhere, f"{purpose}:{sample}")
         model.run_masked(batch.examples, masks, cache, batch.own_acts)
         passes += [distance("mse", cache.inputs[n], batch.inputs[n]) for n in compared]
     return total(passes)
-
-
-def draw_masks(
-    model: ComponentModel, batch: Batch, routes: Routes, purpose: str
-) -> dict[str, MaskInfo]:
-    """Stochastic masks of the routed modules, with a delta mask where the config has one."""
-    config, stream = model.config, batch.randomness.batch_stream(purpose)
-    return stochastic_masks(batch.ci, config.sampling, config.delta_component, routes, stream)
-
-
-def draw_routes(batch: Batch, routing: Routing, purpose: str) -> list[Routes]:
-    """The forward passes of one sample: which modules are masked, and at which positions."""
-    names = list(batch.ci)
-    match routing:
-        case "all":
-            return [route_all(names)]
-        case "layerwise":
-            return [route_all([name]) for name in names]
-        case UniformKSubsetConfig():
-            stream = batch.randomness.batch_stream(purpose)
-            return [route_uniform_k_subset(names, batch.positions, stream)]
-        case StaticProbabilityConfig(p=p):
-            stream = batch.randomness.batch_stream(purpose)
-            return [route_static_probability(names, p, batch.positions, stream)]
 
 
 def masked_distance(model: ComponentModel, batch: Batch, masks: dict[str, MaskInfo]) -> LossParts:

@@ -7,16 +7,14 @@ from torch import Tensor
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config.metrics import AliveComponentsConfig, CiL0Config
-from spd_core.distributed import Dist, all_min
-from spd_core.metrics import matching, over_ranks
+from spd_core.distributed import Dist, over_ranks
+from spd_core.metrics import matching
 
 N_BINS = 50
 RANGES = {"lower": (0.0, 1.0), "upper": (0.0, 1.1), "pre_sigmoid": (-3.0, 3.0)}
 
 PositionsAgo = dict[str, Int[Tensor, "C"]]
-"""How many positions ago each subcomponent was last important, on this rank's data.
-
-The keys are those of a checkpoint, alive:MODULE."""
+"""How many positions ago each subcomponent of a module was last important, on this rank's data."""
 
 
 def l0_sums(ci: dict[str, CausalImportance], config: CiL0Config) -> dict[str, Float[Tensor, "2"]]:
@@ -69,7 +67,7 @@ def never_important(config: AliveComponentsConfig | None, model: ComponentModel)
     if config is None:
         return {}
     return {
-        f"alive:{name}": torch.full((c.C,), config.n_examples, device=c.V.device)
+        name: torch.full((c.C,), config.n_examples, device=c.V.device)
         for name, c in model.components.items()
     }
 
@@ -81,13 +79,13 @@ def observe_alive(
     n_positions = _n_positions(ci) * dist.world_size
     for name, module_ci in ci.items():
         important = (module_ci.lower > config.threshold).flatten(0, -2).any(0)
-        ago[f"alive:{name}"].add_(n_positions).masked_fill_(important, 0)
+        ago[name].add_(n_positions).masked_fill_(important, 0)
 
 
 def n_alive(ago: PositionsAgo, config: AliveComponentsConfig, dist: Dist) -> dict[str, float]:
     """Subcomponents that were important on any rank in the last `n_examples` positions of all."""
-    alive = {k: a < config.n_examples for k, a in over_ranks(all_min, ago, dist).items()}
-    return {key.removeprefix("alive:"): float(a.sum()) for key, a in alive.items()}
+    ago = over_ranks("min", ago, dist)
+    return {name: float((module_ago < config.n_examples).sum()) for name, module_ago in ago.items()}
 
 
 def _n_positions(ci: dict[str, CausalImportance]) -> int:

@@ -11,9 +11,8 @@ from spd_core.component_model import ComponentModel, MaskInfo
 from spd_core.config.metrics import ModuleSet
 from spd_core.data.batches import Batch
 from spd_core.losses.distance import distance
-from spd_core.losses.recon import draw_masks
+from spd_core.masks import stochastic_masks
 from spd_core.metrics import Sums, add, matching
-from spd_core.routing import route_all
 
 RESERVED = ("target", "zero_masked")
 """What no set of modules may be called, because every result holds these."""
@@ -25,14 +24,14 @@ def ce_and_kl_sums(model: ComponentModel, batch: Batch, rounding_threshold: floa
     unmasked: all ones; ci: the importances; stochastic: as in training, delta included;
     random: U(0, 1); rounded: importance above the threshold; zero: nothing but biases.
     """
-    noise, everywhere = batch.randomness.batch_stream("ce_and_kl:random"), route_all(list(batch.ci))
+    noise, everywhere = batch.randomness.batch_stream("ce_and_kl:random"), dict.fromkeys(batch.ci)
     masks = {
         "unmasked": _masks(batch, torch.ones_like),
         "ci_masked": _masks(batch, lambda ci: ci),
         "random_masked": _masks(batch, lambda ci: noise.uniform(*ci.shape[1:])),
         "rounded_masked": _masks(batch, lambda ci: (ci > rounding_threshold).float()),
         "zero_masked": _masks(batch, torch.zeros_like),
-        "stochastic_masked": draw_masks(model, batch, everywhere, "ce_and_kl:stochastic"),
+        "stochastic_masked": stochastic_masks(model, batch, everywhere, "ce_and_kl:stochastic"),
     }
     return _ce_and_kl(model, batch, masks)
 
@@ -44,8 +43,9 @@ def subset_ce_and_kl_sums(
     masks, sums = {"zero_masked": _masks(batch, torch.zeros_like)}, {}
     for sample in range(model.config.n_mask_samples):
         for subset, modules in subsets.items():
-            routes = route_all(modules_of(modules, list(batch.ci)))
-            masks[subset] = draw_masks(model, batch, routes, f"subset_ce_and_kl:{subset}:{sample}")
+            routes = dict.fromkeys(modules_of(modules, list(batch.ci)))
+            purpose = f"subset_ce_and_kl:{subset}:{sample}"
+            masks[subset] = stochastic_masks(model, batch, routes, purpose)
         add(sums, _ce_and_kl(model, batch, masks))
     return sums
 

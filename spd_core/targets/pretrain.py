@@ -95,7 +95,7 @@ def pretrain(
             if done % report_every and done != config.steps:
                 continue
             n_tokens = n_predictions(config, seq_len)
-            train_loss = distributed.all_sum(loss_sum, dist).item() / n_tokens
+            train_loss = distributed.all_reduce("sum", loss_sum, dist).item() / n_tokens
             rate = n_tokens * (done - before) / (time.perf_counter() - started)
             valid_loss = validation_loss(model, eval_batches, dist)
             if not np.isfinite([train_loss, valid_loss]).all():
@@ -194,7 +194,7 @@ def validation_loss(model: Transformer, eval_batches: Sequence[Tokens], dist: Di
     """Nats per predicted token of all ranks, in full precision."""
     loss_sum = torch.stack([next_token_loss(model(t), t).double() for t in eval_batches]).sum()
     count = loss_sum.new_tensor(sum(t[:, 1:].numel() for t in eval_batches))
-    loss_sum, count = distributed.all_sum(torch.stack([loss_sum, count]), dist)
+    loss_sum, count = distributed.all_reduce("sum", torch.stack([loss_sum, count]), dist)
     return (loss_sum / count).item()
 
 

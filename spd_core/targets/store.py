@@ -27,6 +27,11 @@ def target_folder(config: RunConfig, store: Path) -> Path:
     return store / target_name(config)
 
 
+def corpora(store: Path) -> Path:
+    """The folder of tokenised corpora, which lies beside the target store."""
+    return store.parent / "data"
+
+
 def read_record(config: RunConfig, store: Path) -> TargetRecord | None:
     """The record of this config's target; None while it is not trained, and for a custom one."""
     file = target_folder(config, store) / "target.json"

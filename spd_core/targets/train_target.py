@@ -36,7 +36,7 @@ from spd_core.targets.induction import InductionTransformer, induction_problem, 
 from spd_core.targets.keep import copy_from_run, different_fields, keep
 from spd_core.targets.pretrain import Stopped, pretrain_on_text
 from spd_core.targets.resid_mlp import ResidMLP, resid_mlp_problem, train_resid_mlp
-from spd_core.targets.store import target_folder
+from spd_core.targets.store import corpora, target_folder
 from spd_core.targets.tms import TMS, tms_problem, train_tms
 from spd_core.targets.transformer import build
 
@@ -59,7 +59,7 @@ def load_or_train_target(config: RunConfig, store: Path, console: Console) -> Ta
     if isinstance(config.target, CustomTargetConfig):
         target = _load_custom(config.target)
         if isinstance(config.data, TextDataConfig):
-            _check_vocabulary(target.module, config.data, store.parent)
+            _check_vocabulary(target.module, config.data, corpora(store))
         return target
     here = Dist(0, 1, torch.device(_device(config)))
     train_target(config, store, here, console, lambda _: False)
@@ -129,7 +129,8 @@ def load_target(config: RunConfig, store: Path) -> Target:
         raise ValueError(
             f"{folder} has the target of another config. There and here: {'; '.join(differences)}"
         )
-    module = untrained_target(config, stream(0, "placeholder", device=torch.device("cpu")))
+    placeholder = stream(0, "placeholder", device=torch.device("cpu"))
+    module = untrained_target(config, corpora(store), placeholder)
     try:
         load_model(module, folder / "target.safetensors")
     except (RuntimeError, SafetensorError) as error:
@@ -138,8 +139,8 @@ def load_target(config: RunConfig, store: Path) -> Target:
     return Target(module, None, record["seed"])
 
 
-def untrained_target(config: RunConfig, generator: torch.Generator) -> nn.Module:
-    """A target of this config with random weights."""
+def untrained_target(config: RunConfig, data: Path, generator: torch.Generator) -> nn.Module:
+    """A target of this config with random weights; `data` is the folder of tokenised corpora."""
     match config.target:
         case TMSTargetConfig():
             return TMS(config.target, generator)
@@ -150,7 +151,7 @@ def untrained_target(config: RunConfig, generator: torch.Generator) -> nn.Module
             return InductionTransformer(config.target, config.data, generator)
         case TransformerTargetConfig():
             assert isinstance(config.data, TextDataConfig)
-            n_tokens = token_data(config.data, config.launch.out_dir).vocab_size
+            n_tokens = token_data(config.data, data).vocab_size
             return build(config.target, n_tokens, config.data.seq_len, generator)
         case CustomTargetConfig():
             return _load_custom(config.target).module
@@ -176,7 +177,7 @@ def _train(
             model, loss = train_induction(config.target, config.data, seed)
             return model, loss, induction_problem(model, config.target, config.data)
         case TransformerTargetConfig(), TextDataConfig():
-            data = token_data(config.data, work.parent.parent)
+            data = token_data(config.data, corpora(work.parent))
             target = config.target.model_copy(update={"seed": seed})
             model, loss = pretrain_on_text(target, data, dist, work, console, after_step)
             return model.cpu(), loss, None
@@ -255,12 +256,12 @@ def _load_custom(config: CustomTargetConfig) -> Target:
     return Target(module, config.output, None)
 
 
-def _check_vocabulary(module: nn.Module, data: TextDataConfig, out_dir: Path) -> None:
+def _check_vocabulary(module: nn.Module, data: TextDataConfig, folder: Path) -> None:
     """Refuse tokens that a custom target has no embedding of."""
     find: Any = getattr(module, "get_input_embeddings", None)  # of transformers
     tables = [find()] if find is not None else module.modules()
     sizes = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
-    n_tokens = token_data(data, out_dir).vocab_size
+    n_tokens = token_data(data, folder).vocab_size
     if sizes and max(sizes) < n_tokens:
         raise ValueError(
             f"data.tokenizer={data.tokenizer} has {n_tokens} tokens (data.vocab_size="

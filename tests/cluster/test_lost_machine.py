@@ -20,7 +20,7 @@ dist = distributed.init(rank, 3, rank, sys.argv[3], 29517, "cpu")
 with watching(dist, sys.argv[3], (folder / f"marked-{rank}").touch):
     (folder / f"in-{rank}").touch()
     while True:
-        distributed.all_sum(torch.ones(1), dist)
+        distributed.all_reduce("sum", torch.ones(1), dist)
         time.sleep(0.01)
 """
 

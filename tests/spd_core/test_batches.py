@@ -12,7 +12,9 @@ def cut(make_config, model, world, size):
     """The batches of all ranks, one after the other."""
     config = make_config(LIVELY, f"dp={world}", f"train.microbatch_size={size}")
     for rank in range(world):
-        batches, n_micro = training_batches(Decomposition(config, model, Dist(rank, world, CPU)), 2)
+        batches, n_micro = training_batches(
+            Decomposition(config, model, Dist(rank, world, CPU), None), 2
+        )
         parts = list(batches())
         assert len(parts) == n_micro
         yield from parts
@@ -36,20 +38,20 @@ def test_ranks_and_microbatches_cut_the_same_batch(
 
 def test_every_call_gives_the_same_batches(make_config, tms_model, one_process):
     config = make_config(LIVELY, "train.microbatch_size=8")
-    batches, _ = training_batches(Decomposition(config, tms_model(), one_process), 2)
+    batches, _ = training_batches(Decomposition(config, tms_model(), one_process, None), 2)
     for first, second in zip(batches(), batches(), strict=True):
         assert first is not second and torch.equal(first.examples, second.examples)
 
 
 def test_a_single_batch_is_made_once(make_config, tms_model, one_process):
     batches, n_micro = training_batches(
-        Decomposition(make_config(LIVELY), tms_model(), one_process), 2
+        Decomposition(make_config(LIVELY), tms_model(), one_process, None), 2
     )
     assert n_micro == 1 and next(iter(batches())) is next(iter(batches()))
 
 
 def test_steps_have_their_own_examples(make_config, tms_model, one_process):
-    d = Decomposition(make_config(LIVELY), tms_model(), one_process)
+    d = Decomposition(make_config(LIVELY), tms_model(), one_process, None)
     steps = [next(iter(training_batches(d, step)[0]())) for step in (0, 1)]
     values = torch.cat([batch.examples[batch.examples > 0] for batch in steps])
     assert len(values.unique()) == len(values)
@@ -57,14 +59,14 @@ def test_steps_have_their_own_examples(make_config, tms_model, one_process):
 
 @pytest.mark.parametrize("kind, dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
 def test_autocast_is_on_only_where_it_is_asked_for(kind, dtype, make_config, one_process):
-    with Decomposition(make_config(f"train.autocast={kind}"), None, one_process).autocast():
+    with Decomposition(make_config(f"train.autocast={kind}"), None, one_process, None).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def test_importances_are_float32_under_autocast(make_config, tms_model, one_process):
     config = make_config(LIVELY, "train.autocast=bf16")
-    with Decomposition(config, None, one_process).autocast():
-        batches, _ = training_batches(Decomposition(config, tms_model(), one_process), 2)
+    with Decomposition(config, None, one_process, None).autocast():
+        batches, _ = training_batches(Decomposition(config, tms_model(), one_process, None), 2)
     (batch,) = batches()
     for ci in batch.ci.values():
         assert {ci.lower.dtype, ci.upper.dtype, ci.pre_sigmoid.dtype} == {torch.float32}

@@ -92,8 +92,8 @@ def by_hand(ci_fn, x, acts):
     for *place, c in np.ndindex(acts.shape):
         h = acts[*place, c : c + 1] if ci_fn.kind == "mlp" else x[*place]
         for layer, (w, b) in enumerate(zip(weights, biases, strict=True)):
-            w, b = (w, b) if ci_fn.kind == "shared_mlp" else (w[c], b[c, :, 0])
-            h = w @ h + b
+            mlp = 0 if ci_fn.kind == "shared_mlp" else c
+            h = w[mlp] @ h + b[mlp, :, 0]
             h = gelu(h) if layer < len(weights) - 1 else h
         g[*place, c] = h[c] if ci_fn.kind == "shared_mlp" else h[0]
     return g

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from spd_core.components import Identity, LinearComponents, is_decomposable, make_components, tie
+from spd_core.components import Identity, LinearComponents, is_decomposable, tie
 
 
 def generator():
@@ -54,7 +54,7 @@ def test_masked_output_against_dense_matrices(bias, d_in, d_out, C, with_delta):
 @sizes
 def test_masked_conv1d_against_dense_matrices(d_in, d_out, C, with_delta):
     module = conv1d(d_in, d_out)
-    c = make_components("c", module, C, generator())
+    c = LinearComponents(module, C, generator())
     x, mask, delta = torch.randn(2, 3, d_in), torch.rand(2, 3, C), torch.rand(2, 3)
     got = c(c.inner_acts(x), module(x), mask, delta if with_delta else None)
     W, b = module.weight.numpy().T, module.bias.numpy()
@@ -66,7 +66,7 @@ def test_masked_conv1d_against_dense_matrices(d_in, d_out, C, with_delta):
 @sizes
 def test_masked_embedding_against_dense_matrices(n_tokens, d_embed, C, with_delta):
     module = nn.Embedding(n_tokens, d_embed, padding_idx=0).requires_grad_(False)
-    c = make_components("e", module, C, generator())
+    c = LinearComponents(module, C, generator())
     tokens, mask, delta = torch.randint(n_tokens, (2, 3)), torch.rand(2, 3, C), torch.rand(2, 3)
     got = c(c.inner_acts(tokens), module(tokens), mask, delta if with_delta else None)
     one_hot, delta = np.eye(n_tokens)[tokens.numpy()], delta if with_delta else torch.zeros(2, 3)
@@ -78,7 +78,7 @@ def test_masked_embedding_against_dense_matrices(n_tokens, d_embed, C, with_delt
 
 @sizes
 def test_masked_identity_against_dense_matrices(d, n, C, with_delta):
-    c = make_components("i", Identity(d), C, generator())
+    c = LinearComponents(Identity(d), C, generator())
     x, mask, delta = torch.randn(2, n, d), torch.rand(2, n, C), torch.rand(2, n)
     got = c(c.inner_acts(x), x, mask, delta if with_delta else None)
     wanted = dense(np.eye(d), 0, c, x.numpy(), mask, delta if with_delta else torch.zeros(2, n))
@@ -86,8 +86,8 @@ def test_masked_identity_against_dense_matrices(d, n, C, with_delta):
 
 
 def test_what_is_decomposable():
-    yes = (nn.Linear(2, 3), nn.Embedding(2, 3), Identity(2), conv1d(2, 3))
-    no = (nn.LayerNorm(2), nn.Conv1d(2, 3, 1), nn.Identity(), nn.EmbeddingBag(2, 3))
+    yes = (nn.Linear(2, 3), nn.Embedding(2, 3), conv1d(2, 3))
+    no = (nn.LayerNorm(2), nn.Conv1d(2, 3, 1), nn.Identity(), nn.EmbeddingBag(2, 3), Identity(2))
     assert all(map(is_decomposable, yes)) and not any(map(is_decomposable, no))
 
 
@@ -118,7 +118,11 @@ def test_initial_variances_and_what_is_trained():
     assert c.V.std().item() == pytest.approx(200**-0.5, rel=0.05)
     assert c.U.std().item() == pytest.approx(100**-0.5, rel=0.05)
     assert dict(c.named_parameters()).keys() == {"V", "U"}
-    assert not c.weight.requires_grad and not c.bias.requires_grad
+    assert not c.weight.requires_grad
+    linear = nn.Linear(5, 4)
+    c, x = LinearComponents(linear, 7, generator()), torch.randn(9, 5)
+    c(c.inner_acts(x), linear(x).detach(), None, torch.rand(9)).sum().backward()
+    assert c.U.grad is not None and linear.bias.grad is None
 
 
 @pytest.mark.parametrize("make, d_in_first", [
@@ -128,7 +132,7 @@ def test_initial_variances_and_what_is_trained():
 ])  # fmt: skip
 def test_weight_error(make, d_in_first):
     module = make().requires_grad_(False)
-    c = make_components("m", module, 7, generator())
+    c = LinearComponents(module, 7, generator())
     W = module.weight.numpy().T if d_in_first else module.weight.numpy()
     V, U = c.V.detach().numpy(), c.U.detach().numpy()
     wanted = W - sum(np.outer(U[k], V[:, k]) for k in range(7))

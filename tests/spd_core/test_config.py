@@ -59,4 +59,3 @@ def test_wrong_configs_are_rejected_by_name(overrides, message, make_config):
 
 def test_the_shipped_config_is_valid(shipped_config):
     assert shipped_config.decompose.modules == {"linear1": 20, "linear2": 20}
-    assert shipped_config.cluster.kind == "local"

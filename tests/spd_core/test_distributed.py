@@ -63,13 +63,13 @@ def one_step(config, dist):
     """Losses, gradients and metrics of one step, from the same weights in every process."""
     model = fresh_model(config)
     optimizer = build_optimizer(config, model)
-    d = Decomposition(config, model, dist)
+    d = Decomposition(config, model, dist, None)
     step = optimisation_step(d, optimizer, 2, lambda _ci: None)
     values = {"losses": step.losses, "total": step.total, "norms": step.grad_norms}
     values["gradients"] = gradients_of(model)
     due = due_metrics(config, config.train.steps)
     metrics = evaluate(
-        Decomposition(config, fresh_model(config), dist), 2, due, None, 1.0, Path("unused")
+        Decomposition(config, fresh_model(config), dist, None), 2, due, None, 1.0, Path("unused")
     )
     return values | {
         "metrics": {k: torch.tensor(v) for k, v in metrics.items() if "cost" not in k},
@@ -81,7 +81,7 @@ def uneven_step(config, dist):
     """Losses, gradients and shared sources where ranks hold unequal numbers of examples."""
     model = fresh_model(config)
     randomness = Uneven(config.seed, 2, dist.rank, dist.world_size, 12, CPU)
-    d = Decomposition(config, model, dist)
+    d = Decomposition(config, model, dist, None)
     batch = make_batch(d, randomness, "test")
     losses, _ = accumulate_gradients(d, lambda: [batch], 1, 2, lambda _ci: None)
     distributed.sum_gradients(model.trained_parameters().values(), dist)
@@ -92,7 +92,7 @@ def uneven_step(config, dist):
 def stopping_run(config, dist, folder):
     """Only the last rank is asked to stop, after three steps; all must."""
     last = dist.rank == dist.world_size - 1
-    return train(config, RunDir(folder), dist, lambda step: last and step >= 3)
+    return train(config, RunDir(folder), dist, lambda step, _values: last and step >= 3)
 
 
 def rank_main(rank, world, port, configs, run_config, folder, queue):
@@ -100,7 +100,7 @@ def rank_main(rank, world, port, configs, run_config, folder, queue):
     dist = distributed.init(rank, world, rank, "127.0.0.1", port, "cpu")
     steps = {name: one_step(config, dist) for name, config in configs.items()}
     flags = [distributed.any_rank(flag, dist) for flag in (rank == world - 1, False)]
-    summed = distributed.all_sum(torch.tensor([rank + 1.0]), dist).item()
+    summed = distributed.all_reduce("sum", torch.tensor([rank + 1.0]), dist).item()
     outcome = stopping_run(run_config, dist, folder)
     distributed.barrier(dist)
     distributed.shutdown()
@@ -173,9 +173,9 @@ def test_ranks_compute_what_one_process_computes(world, make_config, make_run_di
             assert step["uneven"]["sources"] == answers[0][0][name]["uneven"]["sources"]
     # A run that several ranks began is continued by one, and is the run of one process.
     assert newest_valid_checkpoint(run_dir)[1] == 3
-    train(run_config, run_dir, one_process, lambda _step: False)
+    train(run_config, run_dir, one_process, lambda _step, _values: False)
     alone = make_run_dir("alone")
-    train(run_config, alone, one_process, lambda _step: False)
+    train(run_config, alone, one_process, lambda _step, _values: False)
     for got, wanted in zip(read_metrics(run_dir), read_metrics(alone), strict=True):
         timed = {k for k in wanted if k in ("time", "examples_per_s") or "cost" in k}
         for key in wanted.keys() - timed:
@@ -187,9 +187,8 @@ def test_one_process_needs_no_group():
     assert dist == Dist(0, 1, CPU) and dist.is_main
     assert not torch.distributed.is_initialized()
     x = torch.tensor([2.0], requires_grad=True)
-    assert (
-        distributed.all_sum(x, dist).item() == 2.0 and distributed.all_sum_with_grad(x, dist) is x
-    )
+    assert distributed.all_reduce("sum", x, dist).item() == 2.0
+    assert distributed.all_sum_with_grad(x, dist) is x
     assert [distributed.any_rank(f, dist) for f in (True, False)] == [True, False]
 
 

@@ -12,15 +12,14 @@ from torch import nn
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel, MaskInfo
 from spd_core.config.losses import (
+    LossConfig,
     PGDReconConfig,
-    ReconConfig,
     SubsetReconConfig,
     UniformKSubsetConfig,
 )
 from spd_core.data.batches import Batch, Decomposition, training_batches
 from spd_core.losses import loss_parts, prepare_step
-from spd_core.losses.distance import distance
-from spd_core.losses.faithfulness import faithfulness
+from spd_core.losses.distance import distance, faithfulness
 from spd_core.losses.minimality import importance_minimality, power_sums
 from spd_core.randomness import StepRandomness
 from spd_core.targets.train_target import untrained_target
@@ -51,7 +50,7 @@ def loss(name, make_config, model, batch, dist, *overrides):
 
 
 def parts(name, config, model, batch, dist, position=0.0):
-    d = Decomposition(None, model, dist)
+    d = Decomposition(None, model, dist, None)
     step = prepare_step(d, {name: config}, lambda: [batch], 1, position)
     return loss_parts(name, config, batch, step)
 
@@ -471,20 +470,20 @@ def test_minimality_at_a_position_of_training(
 
 @pytest.mark.parametrize("experiment", ["tms_5-2", "resid_mlp1"])
 @pytest.mark.parametrize("name, options", [
-    ("unmasked_recon", ReconConfig()),
-    ("ci_masked_recon_layerwise", ReconConfig()),
-    ("stochastic_recon", ReconConfig()),
+    ("unmasked_recon", LossConfig()),
+    ("ci_masked_recon_layerwise", LossConfig()),
+    ("stochastic_recon", LossConfig()),
     ("stochastic_recon_subset", SubsetReconConfig(routing=SUBSET)),
     ("pgd_recon", SHARED_PGD),
-    ("stochastic_hidden_acts_recon", ReconConfig()),
+    ("stochastic_hidden_acts_recon", LossConfig()),
 ])  # fmt: skip
 def test_examples_without_input_add_nothing(name, options, experiment, one_process):
     """The loss looks at the others alone, and has the value and gradient of all examples."""
     arguments = [f"+experiment={experiment}", "cluster=local", "train.batch_size=200"]
     config = validate(compose(arguments, multirun=False)[0].values)
-    target = untrained_target(config, torch.Generator().manual_seed(0))
+    target = untrained_target(config, None, torch.Generator().manual_seed(0))
     model = ComponentModel(target, config.decompose, 0)
-    (batch,) = training_batches(Decomposition(config, model, one_process), 0)[0]()
+    (batch,) = training_batches(Decomposition(config, model, one_process, None), 0)[0]()
     assert 0 < len(batch.active.examples) < len(batch.examples) == 200
     plain = dataclasses.replace(batch, active=None, own_acts={})
 

@@ -1,12 +1,17 @@
+from collections import Counter
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import kstest
+from scipy.stats import binomtest, chisquare, kstest
 
 from spd_core.ci_fns import CausalImportance
-from spd_core.masks import interpolate, masks_from_sources, stochastic_masks
+from spd_core.config.losses import StaticProbabilityConfig, UniformKSubsetConfig
+from spd_core.data.batches import Batch
+from spd_core.masks import draw_routes, masks_from_sources, stochastic_masks
 from spd_core.randomness import StepRandomness
 
 UNIT = st.floats(0, 1, width=32)
@@ -14,20 +19,33 @@ UNIT = st.floats(0, 1, width=32)
 
 @given(UNIT, UNIT)
 def test_formula(ci, r):
-    m = interpolate(torch.tensor([ci]), torch.tensor([r])).item()
+    lower = torch.tensor([ci])
+    importances = {"a": CausalImportance(lower, lower, lower)}
+    m = masks_from_sources(importances, {"a": torch.tensor([r])}, {"a": None})["a"].mask.item()
     assert m == pytest.approx(ci + (1 - ci) * r, abs=1e-6)
     assert min(ci, r) - 1e-6 <= m <= 1 + 1e-6
 
 
-def draw(lower, sampling="continuous", delta=True, names=("a",), rank=0, world=1):
+def batch_of(names, lower, rank=0, world=1, batch_size=None):
+    """A rank's batch in which all modules have the same causal importances."""
     ci = {n: CausalImportance(lower, lower, lower) for n in names}
-    batch = world * len(lower)
-    stream = StepRandomness(0, 0, rank, world, batch, torch.device("cpu")).batch_stream("masks")
-    return stochastic_masks(ci, sampling, delta, dict.fromkeys(names), stream)
+    size = batch_size or world * len(lower)
+    randomness = StepRandomness(0, 0, rank, world, size, torch.device("cpu"))
+    return Batch(lower, lower, {}, ci, randomness, {})
+
+
+@pytest.fixture
+def draw(tms_model):
+    def masks(lower, sampling="continuous", delta="true", names=("a",), rank=0, world=1):
+        model = tms_model(f"decompose.sampling={sampling}", f"decompose.delta_component={delta}")
+        batch = batch_of(names, lower, rank, world)
+        return stochastic_masks(model, batch, dict.fromkeys(names), "masks")
+
+    return masks
 
 
 @pytest.mark.parametrize("shape", [(2000, 2), (80, 25, 2)])
-def test_continuous_sources_are_uniform(shape):
+def test_continuous_sources_are_uniform(shape, draw):
     info = draw(torch.full(shape, 0.4))["a"]
     assert info.mask.shape == shape and info.delta_mask.shape == shape[:-1]
     r = (info.mask.numpy() - 0.4) / 0.6
@@ -37,19 +55,19 @@ def test_continuous_sources_are_uniform(shape):
     assert np.abs(np.corrcoef(columns) - np.eye(3)).max() < 0.1
 
 
-def test_binomial_sources_are_zero_or_one_but_the_delta_is_uniform():
+def test_binomial_sources_are_zero_or_one_but_the_delta_is_uniform(draw):
     info = draw(torch.full((2000, 2), 0.4), "binomial")["a"]
     assert {round(v, 6) for v in info.mask.unique().tolist()} == {0.4, 1.0}
     assert (info.mask > 0.7).float().mean().item() == pytest.approx(0.5, abs=0.05)
     assert kstest(info.delta_mask.numpy(), "uniform").pvalue > 0.001
 
 
-def test_importance_one_is_never_masked():
+def test_importance_one_is_never_masked(draw):
     assert (draw(torch.ones(64, 3))["a"].mask == 1).all()
 
 
 @pytest.mark.parametrize("sampling", ["continuous", "binomial"])
-def test_ranks_draw_different_masks_that_are_together_those_of_one_process(sampling):
+def test_ranks_draw_different_masks_that_are_together_those_of_one_process(sampling, draw):
     lower = torch.zeros(6, 3, 4)
     ranks = [draw(lower, sampling, rank=r, world=3)["a"] for r in range(3)]
     whole = draw(torch.zeros(18, 3, 4), sampling)["a"]
@@ -82,7 +100,81 @@ def test_only_routed_modules_are_masked():
     assert list(masks) == ["b"] and torch.equal(masks["b"].route, route)
 
 
-def test_modules_draw_different_numbers_and_delta_can_be_off():
-    masks = draw(torch.zeros(64, 3), delta=False, names=("a", "b"))
+def test_modules_draw_different_numbers_and_delta_can_be_off(draw):
+    masks = draw(torch.zeros(64, 3), delta="false", names=("a", "b"))
     assert masks["a"].delta_mask is None
     assert not torch.isin(masks["a"].mask, masks["b"].mask).any()
+
+
+# ------------------------------------------------------------------ routes
+
+NAMES = ["a", "b", "c"]
+UNIFORM_K = UniformKSubsetConfig(kind="uniform_k_subset")
+
+
+def static(p):
+    return StaticProbabilityConfig(kind="static_probability", p=p)
+
+
+def routes_of(routing, shape, batch, names=NAMES):
+    (routes,) = draw_routes(batch_of(names, torch.rand(batch, *shape, 2)), routing, "route")
+    assert list(routes) == names
+    return routes
+
+
+def chosen(shape, batch):
+    routes = routes_of(UNIFORM_K, shape, batch)
+    return torch.stack(list(routes.values()), -1).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("shape, batch", [((), 6400), ((40,), 160)])
+def test_k_is_uniform_and_so_is_the_subset_of_each_size(shape, batch):
+    rows = chosen(shape, batch)
+    subsets = Counter(tuple(i for i in range(3) if row[i]) for row in rows.tolist())
+    sizes = [sum(n for s, n in subsets.items() if len(s) == k) for k in range(4)]
+    assert sizes[0] == 0 and chisquare(sizes[1:]).pvalue > 0.001
+    for k in (1, 2):
+        assert chisquare([subsets[s] for s in combinations(range(3), k)]).pvalue > 0.001
+
+
+def test_positions_are_independent():
+    first, second = chosen((2,), 3200).reshape(-1, 2, 3).unbind(1)
+    joint = Counter(zip(first.sum(-1).tolist(), second.sum(-1).tolist(), strict=True))
+    assert chisquare([joint[i, j] for i in (1, 2, 3) for j in (1, 2, 3)]).pvalue > 0.001
+
+
+def test_one_module_is_always_chosen():
+    assert routes_of(UNIFORM_K, (), 64, ["a"])["a"].all()
+
+
+@pytest.mark.parametrize("shape, batch", [((), 3200), ((10,), 320)])
+def test_static_probability(shape, batch):
+    routes = routes_of(static(0.3), shape, batch)
+    for route in routes.values():
+        assert route.shape == (batch, *shape)
+        assert binomtest(int(route.sum()), route.numel(), 0.3).pvalue > 0.001
+    both = int((routes["a"] & routes["b"]).sum())
+    assert binomtest(both, 3200, 0.09).pvalue > 0.001
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_static_probability_ends(p):
+    assert all((r == bool(p)).all() for r in routes_of(static(p), (), 64).values())
+
+
+def test_all_is_everywhere_and_layerwise_one_module_at_a_time():
+    batch = batch_of(NAMES, torch.rand(4, 2))
+    assert draw_routes(batch, "all", "route") == [{"a": None, "b": None, "c": None}]
+    assert draw_routes(batch, "layerwise", "route") == [{"a": None}, {"b": None}, {"c": None}]
+
+
+@pytest.mark.parametrize("routing", [UNIFORM_K, static(0.4)], ids=["uniform_k_subset", "static"])
+def test_ranks_draw_different_routes_that_are_together_those_of_one_process(routing):
+    def drawn(n, rank, world):
+        batch = batch_of(NAMES, torch.rand(n, 2, 3), rank, world, batch_size=40)
+        return torch.stack(list(draw_routes(batch, routing, "route")[0].values()))
+
+    ranks = [drawn(n, r, 3) for r, n in enumerate((13, 13, 14))]
+    assert [r.shape[1] for r in ranks] == [13, 13, 14]
+    assert not torch.equal(ranks[0], ranks[1])
+    assert torch.equal(torch.cat(ranks, 1), drawn(40, 0, 1))

@@ -222,7 +222,7 @@ def test_an_evaluation_of_a_language_model(make_config, one_process, tmp_path, m
         return drawn[-1]
 
     monkeypatch.setattr("spd_core.data.batches.draw_examples", draw)
-    d, metrics = Decomposition(config, model, one_process), config.eval.metrics.configured()
+    d, metrics = Decomposition(config, model, one_process, None), config.eval.metrics.configured()
     got = evaluate(d, 3, metrics, None, 1.0, tmp_path)
     tokens = torch.cat(drawn)
     assert len(tokens) == 64

@@ -77,7 +77,7 @@ def config_of(*overrides) -> RunConfig:
 def trained(make_run_dir, one_process):
     def train_(*overrides, name="run"):
         run_dir, config = make_run_dir(name), config_of(*overrides)
-        train(config, run_dir, one_process, lambda _step: False)
+        train(config, run_dir, one_process, lambda _step, _values: False)
         return config, run_dir, read_metrics(run_dir)
 
     return train_
@@ -89,7 +89,7 @@ def test_the_page_as_it_stands(trained, one_process):
     assert {type(f).__name__ for f in model.ci_fns.values()} == {"Size"}
     assert model.ci_fns["linear1"].slope.mean().item() == pytest.approx(2, abs=0.2)
     faithfulness_warm_up(config, model)
-    batches, _ = training_batches(Decomposition(config, model, one_process), 0)
+    batches, _ = training_batches(Decomposition(config, model, one_process, None), 0)
     ci = np.concatenate(
         [c.lower.detach().numpy() for batch in batches() for c in batch.ci.values()], 1
     )
@@ -129,7 +129,7 @@ def test_a_stop_changes_nothing(trained, make_run_dir, one_process):
     config, _, whole = trained()
     run_dir = make_run_dir("stopped")
     for stop in (True, True, False):
-        train(config, run_dir, one_process, lambda _step, stop=stop: stop)
+        train(config, run_dir, one_process, lambda _step, _values, stop=stop: stop)
     for one, other in zip(whole, read_metrics(run_dir), strict=True):
         untimed = {k for k in one if k not in ("time", "examples_per_s") and "cost" not in k}
         assert {k: one[k] for k in untimed} == {k: other[k] for k in untimed}
@@ -184,7 +184,7 @@ def test_the_inherited_hidden_goes_to_a_class_that_declares_it(folder):
         validate(compose([*kept, *SMALL], multirun=False)[0].values)
     kept = [word.replace("my_parts.ci_fn", "my_parts.deeper") for word in kept]
     config = validate(compose([*kept, *SMALL], multirun=False)[0].values)
-    assert config.decompose.ci_fn.options == {"slope": 2.0, "hidden": [16]}
+    assert config.decompose.ci_fn.model_extra == {"slope": 2.0, "hidden": [16]}
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def adversary(make_config, one_process):
             )
             all_batches = [batch] if batches is None else batches
             step = prepare_step(
-                Decomposition(None, model, dist), {name: config}, lambda: all_batches, 1, 0.0
+                Decomposition(None, model, dist, None), {name: config}, lambda: all_batches, 1, 0.0
             )
             sum_, count = loss_parts(name, config, batch, step)
         return found[0], sum_ / count
@@ -212,7 +212,9 @@ def test_the_worst_loss_is_above_the_stochastic_one(name, make_config, tms_model
     batch = Batch(x, target_out, inputs, ci, StepRandomness(0, 0, 0, 1, 16, CPU), {})
     stochastic = name.replace("pgd", "stochastic")
     losses = {n: loss_config(make_config, n, "{kind:uniform_k_subset}") for n in (name, stochastic)}
-    step = prepare_step(Decomposition(None, model, one_process), losses, lambda: [batch], 1, 0.0)
+    step = prepare_step(
+        Decomposition(None, model, one_process, None), losses, lambda: [batch], 1, 0.0
+    )
     parts = {n: loss_parts(n, config, batch, step) for n, config in losses.items()}
     values = {n: sum_ / count for n, (sum_, count) in parts.items()}
     assert values[name] > 1.5 * values[stochastic]
@@ -264,14 +266,15 @@ def test_steps_add_up_and_end_at_zero_and_one(scope, init, start, n_steps, make_
 
 
 class Twins:
-    """Stands for all_sum over two ranks that hold the same batch, and counts its calls."""
+    """Stands for over_ranks of two ranks that hold the same batch, and counts its calls."""
 
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, tensor, _dist):
+    def __call__(self, op, parts, _dist):
+        assert op == "sum"
         self.calls += 1
-        return 2 * tensor
+        return {name: 2 * part for name, part in parts.items()}
 
 
 @pytest.mark.parametrize("scope, calls", [(UNIQUE, 0), (SHARED, 5)])
@@ -279,13 +282,13 @@ class Twins:
 def test_shared_sources_cost_one_collective_per_step_and_unique_ones_none(
     name, scope, calls, make_config, adversary, monkeypatch
 ):
-    all_sum = Twins()
-    monkeypatch.setattr(pgd, "all_sum", all_sum)
+    over_ranks = Twins()
+    monkeypatch.setattr(pgd, "over_ranks", over_ranks)
     model = parallel(make_config, True)
     two = Dist(rank=1, world_size=2, device=CPU)
     batch = batch_of(model, torch.randn(4, 1))
     adversary(name, scope, "random", model, batch, n_steps=5, dist=two)
-    assert all_sum.calls == calls
+    assert over_ranks.calls == calls
 
 
 @pytest.mark.parametrize("routing", ["uniform_k_subset", "static_probability,p:0.5"])
@@ -302,7 +305,7 @@ def test_routes_are_drawn_once(scope, routing, make_config, one_process, monkeyp
     name, options = "pgd_recon_subset", {"scope": scope, "n_steps": 3}
     config = loss_config(make_config, name, f"{{kind:{routing}}}", **options)
     step = prepare_step(
-        Decomposition(None, model, one_process), {name: config}, lambda: [batch], 1, 0.0
+        Decomposition(None, model, one_process, None), {name: config}, lambda: [batch], 1, 0.0
     )
     loss_parts(name, config, batch, step)
     assert len(seen) == 4 and all(torch.equal(routes, seen[0]) for routes in seen)
@@ -362,7 +365,9 @@ def test_every_form_is_a_metric(make_config, tms_model, one_process, tmp_path):
         f"+eval.metrics.pgd_recon_subset={{{search},routing:{{kind:uniform_k_subset}}}}",
     )
     due = due_metrics(config, 3)
-    values = evaluate(Decomposition(config, tms_model(), one_process), 3, due, None, 1.0, tmp_path)
+    values = evaluate(
+        Decomposition(config, tms_model(), one_process, None), 3, due, None, 1.0, tmp_path
+    )
     assert all(values[f"eval/{name}"] > 0 for name in NAMES)
 
 

@@ -47,7 +47,7 @@ def ignore(_ci):
 
 def losses_and_gradients(config, model, dist, observe=ignore):
     model.zero_grad()
-    d = Decomposition(config, model, dist)
+    d = Decomposition(config, model, dist, None)
     batches, n_micro = training_batches(d, STEP)
     losses, _ = accumulate_gradients(d, batches, n_micro, STEP, observe)
     return losses, {n: p.grad for n, p in model.trained_parameters().items()}
@@ -111,7 +111,7 @@ def test_microbatches_of_sequences_change_nothing(
     distance, sampling, make_config, tms_model, one_process, monkeypatch
 ):
     monkeypatch.setattr(
-        batches_module, "draw_examples", lambda _c, r, p: r.batch_stream(p).uniform(3, 5)
+        batches_module, "draw_examples", lambda _c, _d, r, p: r.batch_stream(p).uniform(3, 5)
     )
     options = (f"decompose.sampling={sampling}", f"decompose.distance={distance}")
     model = tms_model("decompose.ci_fn.hidden=[8]", *options)
@@ -195,7 +195,7 @@ def test_coefficients_weigh_losses_and_gradients(make_config, tms_model, one_pro
     model = tms_model()
     optimizer = build_optimizer(scheduled, model)
     result = optimisation_step(
-        Decomposition(scheduled, model, one_process), optimizer, STEP, ignore
+        Decomposition(scheduled, model, one_process, None), optimizer, STEP, ignore
     )
     assert result.total.item() == pytest.approx(4 * losses["stochastic_recon"].item())
 
@@ -238,7 +238,12 @@ def test_bf16_autocast_reaches_evaluation_but_not_faithfulness(make_config, tms_
         due = due_metrics(config, 3)
         values.append(
             evaluate(
-                Decomposition(config, tms_model(), one_process), 3, due, None, 1.0, Path("unused")
+                Decomposition(config, tms_model(), one_process, None),
+                3,
+                due,
+                None,
+                1.0,
+                Path("unused"),
             )
         )
     wanted, got = values

@@ -15,7 +15,7 @@ from spd_core.ci_fns import CausalImportance
 from spd_core.config.metrics import AliveComponentsConfig, CiL0Config
 from spd_core.data.batches import Decomposition, training_batches
 from spd_core.distributed import Dist
-from spd_core.metrics import Sums, add, means, over_ranks
+from spd_core.metrics import Sums, add, means
 from spd_core.metrics.ci import l0_sums, n_alive, observe_alive
 from spd_core.run_dir import read_metrics
 from spd_core.train import build_model, faithfulness_warm_up, train
@@ -30,7 +30,7 @@ def options(n_examples):
 
 def never(n_examples, *names):
     """No subcomponent of these modules was ever important."""
-    return {f"alive:{name}": torch.full((C,), n_examples) for name in names}
+    return {name: torch.full((C,), n_examples) for name in names}
 
 
 def importances(generator, *positions):
@@ -82,7 +82,7 @@ def test_a_loaded_state_goes_on_as_the_saved_one(seed, n_batches):
     generator, ago, config = torch.Generator().manual_seed(seed), never(12, "a"), options(12)
     for _ in range(n_batches):
         observe_alive(ago, importances(generator, 4), config, ONE)
-    loaded = over_ranks(distributed.all_min, ago, ONE)
+    loaded = distributed.over_ranks("min", ago, ONE)
     for _ in range(4):
         ci = importances(generator, 4)
         for each in (ago, loaded):
@@ -102,7 +102,7 @@ def rank_main(rank, port, queue):
             observe_alive(ago, ci, config, dist)
             seen.append(above(ci).tolist())
         counts.append(n_alive(ago, config, dist)["a"])
-    state = {name: t.tolist() for name, t in over_ranks(distributed.all_min, ago, dist).items()}
+    state = {name: t.tolist() for name, t in distributed.over_ranks("min", ago, dist).items()}
     distributed.shutdown()
     queue.put((rank, seen, counts, state))
 
@@ -134,7 +134,7 @@ def test_ci_l0_sums_over_microbatches():
         add(sums, l0_sums(ci, config))
     l0 = np.concatenate([above(ci) for ci in batches]).sum(1).mean()
     assert l0 > 0
-    assert means(over_ranks(distributed.all_sum, sums, ONE)) == {
+    assert means(distributed.over_ranks("sum", sums, ONE)) == {
         f"ci_l0_{THRESHOLD}/a": pytest.approx(l0),
         f"ci_l0_{THRESHOLD}/all": pytest.approx(l0),
     }
@@ -147,10 +147,10 @@ def test_ci_l0_of_the_first_training_step(make_config, make_run_dir):
         groups, "eval.metrics.ci_l0.threshold=0.02", "train.microbatch_size=8", "track.log_every=3"
     )
     run_dir = make_run_dir("run")
-    train(config, run_dir, ONE, lambda _step: False)
+    train(config, run_dir, ONE, lambda _step, _values: False)
     model = build_model(config, run_dir.targets, ONE, Console(quiet=True))
     faithfulness_warm_up(config, model)
-    batches, n_micro = training_batches(Decomposition(config, model, ONE), 0)
+    batches, n_micro = training_batches(Decomposition(config, model, ONE, None), 0)
     lower = [{n: ci.lower.detach().numpy() for n, ci in batch.ci.items()} for batch in batches()]
     assert n_micro == len(lower) == 4
     one, two = (

@@ -4,9 +4,9 @@ import copy
 from functools import cache
 from typing import Any
 
-from spd_core.config import RunConfig
 from spd_core.targets.store import target_name
 from spd_launch.compose import compose
+from spd_launch.config import JobConfig
 
 SMALL = [
     "train.steps=4", "train.batch_size=64", "eval.batch_size=64", "eval.steps=1",
@@ -19,7 +19,7 @@ def _values(cluster: str) -> dict[str, Any]:
     return compose(["+experiment=tms_5-2", f"cluster={cluster}", *SMALL], multirun=False)[0].values
 
 
-def config(cluster: str = "cpu", **changes: Any) -> RunConfig:
+def config(cluster: str = "cpu", **changes: Any) -> JobConfig:
     """A run whose dotted fields, written a__b, are changed."""
     values = copy.deepcopy(_values(cluster))
     for name, value in changes.items():
@@ -28,7 +28,7 @@ def config(cluster: str = "cpu", **changes: Any) -> RunConfig:
         for key in path:
             place = place[key]
         place[last] = value
-    return RunConfig.model_validate(values)
+    return JobConfig.model_validate(values)
 
 
 STORED = [target_name(config())]

@@ -1,5 +1,7 @@
 """Every shipped experiment is valid, and what the launcher knows of its target is true."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def target_of(config):
     generator = torch.Generator().manual_seed(0)
     if config.data.kind == "text":
         return build(config.target, config.data.vocab_size, config.data.seq_len, generator)
-    return untrained_target(config, generator)
+    return untrained_target(config, Path("unused"), generator)
 
 
 OWN = [n for n in experiment_names() if n not in ("custom", "gpt2", "ss_gpt2", "ts")]

@@ -14,6 +14,7 @@ import pytest
 from launch_configs import SMALL
 
 from spd_core.run_dir import RunDir, read_metrics
+from spd_launch.ledger import find_launch
 from spd_launch.run_record import Status, read_status
 
 ROOT = Path(__file__).parent.parent.parent
@@ -76,7 +77,7 @@ def ranks_of(run_dir: RunDir) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if str(run_dir.path).encode() in (process / "cmdline").read_bytes():
+            if run_dir.path.name.encode() in (process / "cmdline").read_bytes():
                 found.append(int(process.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
@@ -139,7 +140,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_one_worker_holds_a_run(
     launcher = start("spd_launch", *RUN, *LONG)
     run_dir = wait_for_checkpoint(out, before)
     assert len(ranks_of(run_dir)) == 1
-    second = start("spd_launch.task", str(run_dir.path))
+    second = start("spd_launch.task", str(find_launch("latest", out).path), run_dir.path.name)
     assert re.search("worked on by another process", ended(second, 2))
     assert current(out).state == "running"  # the refusal harmed nothing
     launcher.kill()

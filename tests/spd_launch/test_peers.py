@@ -24,7 +24,7 @@ def free_port():
 
 
 def meet(dist):
-    distributed.all_sum(torch.ones(1), dist)
+    distributed.all_reduce("sum", torch.ones(1), dist)
 
 
 def rank_main(rank, world, port, folder, body, arguments):

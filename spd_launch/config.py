@@ -1,0 +1,56 @@
+"""The schema of what a user composes: a run, with where and how it is launched. Loads no torch."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from spd_core.base_config import BaseConfig, Count, Positive
+from spd_core.config import RunConfig
+
+
+class ClusterConfig(BaseConfig):
+    """A profile of `slurm_templates/`; `kind: local` runs in this process's machine."""
+
+    kind: Literal["slurm", "local"]
+    name: str
+    gpus_per_node: Count = Field(description="tasks of one full node")
+    nodes: Count | None = Field(description="null = as many as dp asks for")
+    device: Literal["gpu", "cpu"] = Field(description="whether a task is given a GPU")
+    cpus_per_task: Count = Field(description="cores, and CPU threads, of one rank")
+    mem_per_task_gb: Positive | None
+    partition: str | None
+    account: str | None
+    qos: str | None
+    time_min: Count
+    signal_delay_s: Count = Field(description="warning before the time limit")
+    requeue: Literal["on", "off"] = Field(description="continue by itself after a kill")
+    env: dict[str, str] = Field(description="environment of every task")
+    setup: str | None = Field(description="a shell file of slurm_templates/ sourced first")
+    sbatch: dict[str, str | int | bool] = Field(description="further sbatch options")
+
+
+class LaunchConfig(BaseConfig):
+    out_dir: Path
+    name: str | None = Field(description="name of the launch; null = the sweep's or experiment's")
+    goal: Literal["decomposition", "target"] = Field(
+        description="target = only put the target into the store, where runs find it"
+    )
+    dry_run: bool
+    max_parallel: Count | None = Field(description="array tasks at one time; null = no limit")
+    snapshot: Literal["copy", "off"]
+    max_requeues: Annotated[int, Field(ge=0)]
+    then: list[str] = Field(description="steps that follow the runs, in this order")
+    then_needs: Literal["all", "any"] = Field(description="runs that steps of the launch need")
+
+
+class JobConfig(RunConfig):
+    """One run as the user wrote it: what is trained, and where and how."""
+
+    cluster: ClusterConfig
+    launch: LaunchConfig
+
+
+def run_config(job: JobConfig) -> RunConfig:
+    """What is trained, alone: the same wherever and however it runs."""
+    return RunConfig(**{name: getattr(job, name) for name in RunConfig.model_fields})

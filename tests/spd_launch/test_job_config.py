@@ -1,0 +1,42 @@
+import pytest
+import yaml
+from launch_configs import config
+from pydantic import ValidationError
+
+from spd_core.config import RunConfig, config_to_yaml, load_config
+from spd_launch.config import run_config
+
+
+def test_what_is_trained_is_the_same_wherever_it_runs(tmp_path):
+    """And that is all that a run's config.yaml holds."""
+    here, there = config("local", seed=3), config("cpu", seed=3, launch__max_requeues=7)
+    assert here != there and run_config(here) == run_config(there)
+    (tmp_path / "config.yaml").write_text(config_to_yaml(run_config(there)))
+    values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert values["seed"] == 3 and not {"cluster", "launch"} & values.keys()
+    assert type(load_config(tmp_path / "config.yaml")) is RunConfig
+    assert load_config(tmp_path / "config.yaml") == run_config(here)
+
+
+@pytest.mark.parametrize("section", ["cluster", "launch"])
+def test_the_core_refuses_what_it_does_not_know_of(section):
+    values = config("local").model_dump(mode="json")
+    known = {key: value for key, value in values.items() if key not in ("cluster", "launch")}
+    RunConfig.model_validate(known)
+    with pytest.raises(ValidationError, match=section):
+        RunConfig.model_validate(known | {section: values[section]})
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"cluster__gpus_per_node": 0}, "gpus_per_node"),
+    ({"cluster__requeue": "perhaps"}, "requeue"),
+    ({"launch__max_requeues": -1}, "max_requeues"),
+    ({"launch__goal": "nothing"}, "goal"),
+])  # fmt: skip
+def test_wrong_fields_are_rejected_by_name(change, message):
+    with pytest.raises(ValidationError, match=message):
+        config("cpu", **change)
+
+
+def test_the_shipped_profile_for_this_machine():
+    assert config("local").cluster.kind == "local"
