@@ -8,10 +8,8 @@ looks at a launch reads `tasks.jsonl`, and leaves the runs' configs alone: a tho
 import json
 import os
 import secrets
-import shlex
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,18 +19,16 @@ from typing import Any
 
 import yaml
 
-from spd_core.config import RunConfig, config_digest, config_to_yaml, load_config
+from spd_core.config import RunConfig, load_config
 from spd_core.run_dir import RunDir, named_run, write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
-from spd_launch.config import JobConfig, run_config
+from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, clean, make_plan, shape
-from spd_launch.run_record import Status, read_status, write_status
-from spd_launch.snapshot import Snapshot, drop_snapshot
+from spd_launch.run_record import ERROR, Status, read_status, write_status
+from spd_launch.snapshot import drop_snapshot
 from spd_launch.steps import STEPS, Row, step_rows
-
-ERROR = "error.txt"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -137,53 +133,9 @@ def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
         if not launch.jobs_file.exists():
             for path in [launch.path, *(launch.run_dir(task.run_id).path for task in plan.tasks)]:
                 shutil.rmtree(path)
-            if plan.tasks[0].config.launch.snapshot == "copy":
+            if plan.tasks[0].config.launch.snapshot != "off":
                 drop_snapshot(PACKAGE_ROOT, plan.launch_id)
         raise
-
-
-def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str | None) -> None:
-    """Write what is launched, and every run's frozen config: all before the first submission.
-
-    A run's folder says what is trained; where and how it runs stands in the launch's own.
-    """
-    info = {
-        "launch_id": plan.launch_id,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(sys.argv),
-        "cwd": str(Path.cwd()),
-        "host": socket.gethostname(),
-        "python": sys.executable,
-        "python_path": str(python_path),
-        "commit": commit,
-        "kind": plan.cluster.kind,
-        "then": plan.tasks[0].config.launch.then,
-        "then_needs": plan.tasks[0].config.launch.then_needs,
-    }
-    for task in plan.tasks:
-        run_dir = launch.run_dir(task.run_id)
-        write_atomic(run_dir.config_file, config_to_yaml(run_config(task.config)))
-        write_status(run_dir, pending(n_steps(task.config)))
-    differences = varying([flat(run_config(task.config)) for task in plan.tasks])
-    rows = [_row(task, values) for task, values in zip(plan.tasks, differences, strict=True)]
-    write_atomic(launch.tasks_file, "".join(json.dumps(row) + "\n" for row in rows))
-    write_atomic(launch.plan_file, json.dumps(describe(plan), indent=1) + "\n")
-    write_atomic(launch.launch_file, yaml.safe_dump(info, sort_keys=False))
-
-
-def _row(task: Task, varies: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "index": task.index,
-        "run_id": task.run_id,
-        "overrides": task.overrides,
-        "after": task.after,
-        "digest": config_digest(run_config(task.config)),
-        "goal": task.goal,
-        "target": target_name(task.config),
-        "varies": varies,
-        "cluster": task.config.cluster.model_dump(mode="json"),
-        "launch": task.config.launch.model_dump(mode="json"),
-    }
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -209,22 +161,6 @@ def varying(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: config[key] for key in several if key in config} for config in configs]
 
 
-def describe(plan: LaunchPlan) -> dict[str, Any]:
-    """The plan as plain data."""
-    arrays = [
-        {
-            "cluster": array.cluster.name,
-            "nodes": array.nodes,
-            "tasks_per_node": array.tasks_per_node,
-            "goal": array.tasks[0].goal,
-            "after": array.tasks[0].after,
-            "runs": [task.run_id for task in array.tasks],
-        }
-        for array in plan.arrays
-    ]
-    return {"launch_id": plan.launch_id, "arrays": arrays}
-
-
 def mark(folder: RunDir, state: str) -> None:
     """Set the state of a run, or a step, from outside; step and attempt stay."""
     old = read_status(folder)
@@ -238,12 +174,6 @@ def mark_failed(run_dir: RunDir, error: BaseException) -> None:
     """Set a run's state to failed, and keep what went wrong for `status`."""
     write_atomic(run_dir.path / ERROR, f"{type(error).__name__}: {error}\n")
     mark(run_dir, "failed")
-
-
-def read_error(run_dir: RunDir) -> str:
-    """What a failed run failed of, in one line; empty where it had no time to say."""
-    file = run_dir.path / ERROR
-    return " ".join(file.read_text().split()) if file.exists() else ""
 
 
 def n_steps(config: JobConfig) -> int:
@@ -264,6 +194,9 @@ def pending(steps: int) -> Status:
 def note_jobs(launch: LaunchDir, kind: str, jobs: dict[str, str]) -> None:
     """Append one line: kind (submit, local, cancel) and run id -> job id."""
     line = {"kind": kind, "time": time.time(), "host": socket.gethostname(), "jobs": jobs}
+    if launch.jobs_file.exists():  # a kill, or a full disk, may have left half a line
+        whole = launch.jobs_file.read_bytes().rpartition(b"\n")
+        os.truncate(launch.jobs_file, len(whole[0] + whole[1]))
     with open(launch.jobs_file, "a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -274,16 +207,12 @@ def latest_jobs(launch: LaunchDir) -> dict[str, str]:
     """run id -> the job it was last given."""
     jobs: dict[str, str] = {}
     if launch.jobs_file.exists():
-        for line in launch.jobs_file.read_text().splitlines():
+        for line in launch.jobs_file.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue  # half written
             entry = json.loads(line)
             jobs.update(entry["jobs"] if entry["kind"] != "cancel" else {})
     return jobs
-
-
-def set_code(launch: LaunchDir, code: Snapshot) -> None:
-    """What is sent from now on runs this code."""
-    changed = {"python_path": str(code.python_path), "commit": code.commit}
-    write_atomic(launch.launch_file, yaml.safe_dump(read_info(launch) | changed, sort_keys=False))
 
 
 def read_info(launch: LaunchDir) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from spd_launch import ledger, slurm_state
 from spd_launch.__main__ import start
 from spd_launch.errors import LaunchError, exit_with
+from spd_launch.freeze import change_code
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed, observe, parser
 from spd_launch.plan import Task, step_tasks
@@ -55,7 +56,7 @@ def _code_now(launch: LaunchDir) -> Path:
     code, name = launch.path / f"code-{taken + 1}", f"{launch.launch_id}-{taken + 1}"
     options = ledger.load_tasks(launch, ledger.read_task_rows(launch)[:1])[0].config.launch
     snapshot = code_for(options, code, name)
-    ledger.set_code(launch, snapshot)
+    change_code(launch, snapshot)
     print(f"code    {snapshot.python_path}, commit {snapshot.commit}")
     return snapshot.python_path
 

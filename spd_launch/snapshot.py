@@ -6,10 +6,12 @@ Submodules, and other repositories inside, are saved in the same way, in their o
 Local runs use a snapshot too: it costs about a twentieth of a second.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,33 +22,42 @@ from spd_launch.errors import LaunchError
 
 # A launch from a git hook must not write into that hook's index.
 _GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
+# What stands in these folders of ours does not change what a run comes to.
+_BESIDE = ("spd_launch/", "spd_analysis/", "tests/", "benchmarks/", "docs/")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """`python_path` is what holds spd_core and spd_launch; commit is None without a snapshot.
+    """`python_path` is what holds spd_core and spd_launch; `digest` is that of `code_digest`.
 
-    `left_out` names the untracked files that were too large.
+    Without a snapshot nobody knows what was run: commit and digest are None.
     """
 
     python_path: Path
     commit: str | None
-    left_out: tuple[Path, ...]
+    digest: str | None
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """The working tree of a repository, and those of the repositories inside, as git has them now.
+
+    `variables` say which index and objects git is to use.
+    """
+
+    top: Path
+    tree: str
+    variables: Mapping[str, str]
+    left_out: list[str]
+    inside: Mapping[str, "_Tree"]
 
 
 def code_for(options: LaunchConfig, code: Path, launch_id: str) -> Snapshot:
-    """What launch.snapshot asks for, pushed if that is asked for; says what was left out."""
+    """What launch.snapshot asks for, pushed if that is asked for."""
     if options.snapshot == "off":
-        return Snapshot(PACKAGE_ROOT, None, ())
+        return Snapshot(PACKAGE_ROOT, None, None)
     copy = code if options.snapshot == "copy" else None
     taken = take_snapshot(PACKAGE_ROOT, copy, launch_id, options.out_dir, options.snapshot_max_mb)
-    for file in taken.left_out:
-        size = file.lstat().st_size / 1e6
-        print(
-            f"left out of the snapshot: {str(file)!r} ({size:.0f} MB; launch.snapshot_max_mb="
-            f"{options.snapshot_max_mb:g}). Put it into .gitignore, or raise the limit",
-            file=sys.stderr,
-        )
     if options.snapshot_push_to is not None:
         push_snapshot(PACKAGE_ROOT, launch_id, options.snapshot_push_to)
     return taken
@@ -57,51 +68,83 @@ def take_snapshot(
 ) -> Snapshot:
     """Save the repository that holds `package_root`, and copy it to `code` if that is not None.
 
-    `exclude` (results) stays out, and so do untracked files of more than `max_mb` MB.
+    `exclude` (results) stays out, and so do untracked files of more than `max_mb` MB, with a word.
 
     Raises:
         LaunchError: no git repository, or git refused; the message shows git's words.
     """
-    try:
-        top, prefix = _git(package_root, "rev-parse", "--show-toplevel", "--show-prefix").split(
-            "\n"
-        )
-    except LaunchError as error:
-        raise LaunchError(
-            f"no usable git repository holds {package_root}, so no snapshot of the code can be "
-            f"made; launch.snapshot=off runs the files as they are ({error})"
-        ) from None
-    commit, left_out = _save(Path(top), code, launch_id, exclude, max_mb)
+    top, prefix = repository(package_root)
+    with TemporaryDirectory(prefix="spd-snapshot-") as folder:
+        tree = _tree_of(top, exclude, max_mb, Path(folder), own_objects=True)
+        digest = _digest_of_python(tree, prefix)
+        commit = _commit(tree, launch_id)
+        if code is not None:
+            _write(tree, code)
     python_path = package_root if code is None else code / prefix
     if not (python_path / "spd_launch" / "__init__.py").is_file():
         raise LaunchError(
             f"git ignores {package_root} in {top}, so its snapshot lacks the code; "
             "run from a clone, or with launch.snapshot=off"
         )
-    return Snapshot(python_path, commit, tuple(left_out))
+    for file in _left_out(tree):
+        print(
+            f"left out of the snapshot: {str(file)!r} ({file.lstat().st_size / 1e6:.0f} MB, over "
+            f"launch.snapshot_max_mb={max_mb:g}); a line in .gitignore ends this warning",
+            file=sys.stderr,
+        )
+    return Snapshot(python_path, commit, digest)
 
 
-def _save(
-    top: Path, code: Path | None, launch_id: str, exclude: Path, max_mb: float
-) -> tuple[str, list[Path]]:
-    """Commit one repository with those inside it; returns the commit, and what was too large."""
-    left_out = _large_files(top, max_mb)
-    unwanted = [*_without(exclude, top), *(f":(exclude,literal){name}" for name in left_out)]
-    named = [top / name for name in left_out]
+def code_digest(package_root: Path, exclude: Path, max_mb: float) -> str:
+    """What the code comes to that a snapshot of this moment would hold; writes nothing.
+
+    Every Python file and submodule counts, also a part of the user's own, but the folders of ours
+    that only launch, look at or test a run: 16 hexadecimal digits.
+
+    Raises:
+        LaunchError: as `take_snapshot`.
+    """
+    top, prefix = repository(package_root)
     with TemporaryDirectory(prefix="spd-snapshot-") as folder:
-        index = Path(folder) / "index"
-        own = Path(top, _git(top, "rev-parse", "--git-path", "index"))
-        if own.exists():  # a copy spares git to hash what has not changed
-            shutil.copy2(own, index)
-        _git(top, "add", "--all", "--", ".", *unwanted, index=index)
-        for name in _repositories_inside(top, index):
-            inner, more = _save(top / name, code and code / name, launch_id, exclude, max_mb)
-            _git(top, "update-index", "--cacheinfo", f"160000,{inner},{name}", index=index)
-            named += more
-        commit = _commit(top, _git(top, "write-tree", index=index), launch_id)
-        if code is not None:
-            _git(top, "checkout-index", "--all", f"--prefix={code}/", index=index)
-    return commit, named
+        return _digest_of_python(
+            _tree_of(top, exclude, max_mb, Path(folder), own_objects=False), prefix
+        )
+
+
+def repository(package_root: Path) -> tuple[Path, str]:
+    """The top folder of the repository, and where in it the package lies."""
+    try:
+        shown = _git(package_root, "rev-parse", "--show-toplevel", "--show-prefix")
+    except LaunchError as error:
+        raise LaunchError(
+            f"no usable git repository holds {package_root}, so no snapshot of the code can be "
+            f"made; launch.snapshot=off runs the files as they are ({error})"
+        ) from None
+    top, prefix = shown.split("\n")
+    return Path(top), prefix
+
+
+def _tree_of(top: Path, exclude: Path, max_mb: float, folder: Path, own_objects: bool) -> _Tree:
+    """Put the working tree into an index in `folder`, and what git has to store of it there too,
+    unless that is to go where the repository has its own objects."""
+    variables = {"GIT_INDEX_FILE": f"{folder}/index"}
+    if not own_objects:
+        (folder / "objects").mkdir()
+        variables["GIT_OBJECT_DIRECTORY"] = f"{folder}/objects"
+        own = Path(top, _git(top, "rev-parse", "--git-path", "objects"))
+        variables["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = str(own)
+    index = Path(top, _git(top, "rev-parse", "--git-path", "index"))
+    if index.exists():  # a copy spares git to hash what has not changed
+        shutil.copy2(index, variables["GIT_INDEX_FILE"])
+    large = _large_files(top, max_mb)
+    unwanted = [*_without(exclude, top), *(f":(exclude,literal){name}" for name in large)]
+    _git(top, "add", "--all", "--", ".", *unwanted, **variables)
+    inside = {}
+    for number, name in enumerate(_repositories_inside(top, variables)):
+        (folder / str(number)).mkdir()
+        inner = folder / str(number)
+        inside[name] = _tree_of(top / name, exclude, max_mb, inner, own_objects)
+    return _Tree(top, _git(top, "write-tree", **variables), variables, large, inside)
 
 
 def _large_files(top: Path, max_mb: float) -> list[str]:
@@ -112,11 +155,58 @@ def _large_files(top: Path, max_mb: float) -> list[str]:
     return [name for name in files if (top / name).lstat().st_size > max_mb * 1e6]
 
 
-def _repositories_inside(top: Path, index: Path | None) -> list[str]:
+def _repositories_inside(top: Path, variables: Mapping[str, str]) -> list[str]:
     """Submodules that are there, and repositories that were cloned into this one."""
-    entries = _git(top, "ls-files", "--stage", "-z", index=index).split("\0")
-    links = [entry.split("\t", 1)[1] for entry in entries if entry.startswith("160000 ")]
+    entries = _git(top, "ls-files", "--stage", "-z", **variables).split("\0")
+    links = [entry.partition("\t")[2] for entry in entries if entry.startswith("160000 ")]
     return [name for name in links if (top / name / ".git").exists()]
+
+
+def _left_out(tree: _Tree) -> Iterator[Path]:
+    yield from (tree.top / name for name in tree.left_out)
+    for inner in tree.inside.values():
+        yield from _left_out(inner)
+
+
+def _digest_of_python(tree: _Tree, prefix: str) -> str:
+    lines = [
+        line
+        for line in _python_lines(tree)
+        if not line.partition("\t")[2].removeprefix(prefix).startswith(_BESIDE)
+    ]
+    return hashlib.sha256(os.fsencode("\0".join(lines))).hexdigest()[:16]
+
+
+def _python_lines(tree: _Tree) -> Iterator[str]:
+    """Of the lines `mode type object<TAB>path` that git lists; a repository inside has its own."""
+    for line in _git(tree.top, "ls-tree", "-r", "-z", tree.tree, **tree.variables).split("\0"):
+        head, _, name = line.partition("\t")
+        if name in tree.inside:
+            for inner in _python_lines(tree.inside[name]):
+                inner_head, _, inner_name = inner.partition("\t")
+                yield f"{inner_head}\t{name}/{inner_name}"
+        elif name.endswith(".py") or " commit " in head:
+            yield line
+
+
+def _commit(tree: _Tree, launch_id: str) -> str:
+    """Commit the trees, the inner ones first: the outer ones name their commits."""
+    top, variables = tree.top, tree.variables
+    for name, inner in tree.inside.items():
+        commit = _commit(inner, launch_id)
+        _git(top, "update-index", "--cacheinfo", f"160000,{commit},{name}", **variables)
+    written = _git(top, "write-tree", **variables) if tree.inside else tree.tree
+    head = _ask(top, "rev-parse", "--verify", "--quiet", "HEAD").stdout.strip()
+    parents = ["-p", head] if head else []  # a new repository has no commit yet
+    commit = _git(top, "commit-tree", written, *parents, "-m", f"snapshot of {launch_id}")
+    _git(top, "update-ref", f"refs/snapshots/{launch_id}", commit)
+    return commit
+
+
+def _write(tree: _Tree, code: Path) -> None:
+    _git(tree.top, "checkout-index", "--all", f"--prefix={code}/", **tree.variables)
+    for name, inner in tree.inside.items():
+        _write(inner, code / name)
 
 
 def push_snapshot(package_root: Path, launch_id: str, remote: str) -> None:
@@ -140,7 +230,7 @@ def drop_snapshot(package_root: Path, launch_id: str) -> None:
     if not top:
         return
     _ask(top, "update-ref", "-d", f"refs/snapshots/{launch_id}")
-    for name in _repositories_inside(Path(top), None):
+    for name in _repositories_inside(Path(top), {}):
         drop_snapshot(Path(top, name), launch_id)
 
 
@@ -152,37 +242,27 @@ def _without(exclude: Path, top: Path) -> list[str]:
     return [f":(exclude,literal){exclude.resolve().relative_to(top.resolve())}"]
 
 
-def _commit(top: Path, tree: str, launch_id: str) -> str:
-    head = _ask(top, "rev-parse", "--verify", "--quiet", "HEAD").stdout.strip()
-    parents = ["-p", head] if head else []  # a new repository has no commit yet
-    commit = _git(top, "commit-tree", tree, *parents, "-m", f"snapshot of {launch_id}")
-    _git(top, "update-ref", f"refs/snapshots/{launch_id}", commit)
-    return commit
-
-
-def _environment(index: Path | None = None) -> dict[str, str]:
+def _environment(variables: Mapping[str, str]) -> dict[str, str]:
     person = {
         f"GIT_{who}_{what}": "spd@localhost"
         for who in ("AUTHOR", "COMMITTER")
         for what in ("NAME", "EMAIL")
     }
     kept = {k: v for k, v in os.environ.items() if k not in _GIT_VARIABLES}
-    return {**kept, **person, **({"GIT_INDEX_FILE": str(index)} if index else {})}
+    return {**kept, **person, **variables}
 
 
-def _git(where: str | Path, *arguments: str, index: Path | None = None) -> str:
-    done = _ask(where, *arguments, index=index)
+def _git(where: str | Path, *arguments: str, **variables: str) -> str:
+    done = _ask(where, *arguments, **variables)
     if done.returncode:
         raise LaunchError(f"git {arguments[0]}: {done.stderr.strip()}")
     return done.stdout.removesuffix("\n")
 
 
-def _ask(
-    where: str | Path, *arguments: str, index: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+def _ask(where: str | Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = ["git", "-C", str(where), *arguments]
     try:
-        done = subprocess.run(command, env=_environment(index), capture_output=True)
+        done = subprocess.run(command, env=_environment(variables), capture_output=True)
     except FileNotFoundError:
         raise LaunchError("git is not installed; launch.snapshot=off runs without it") from None
     # Names of files are any bytes: no decoding that refuses some, no change of line ends.

@@ -92,6 +92,7 @@ class EvalConfig(BaseConfig):
 class CheckpointConfig(BaseConfig):
     every_steps: Count
     keep: Count = Field(description="newest checkpoints kept")
+    keep_every: Count | None = Field(description="those of multiples of so many steps stay too")
 
 
 class WandbConfig(BaseConfig):
@@ -168,7 +169,8 @@ def load_config(path: Path) -> RunConfig:
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # five times faster, where it is
+    return yaml.dump(config.model_dump(mode="json"), Dumper=dumper, sort_keys=False)
 
 
 def config_digest(config: BaseConfig) -> str:

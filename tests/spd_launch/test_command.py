@@ -14,7 +14,9 @@ from launch_configs import config
 from spd_launch import ledger
 from spd_launch.compose import compose
 from spd_launch.errors import LaunchError
-from spd_launch.ledger import find_launch, new_launch, read_tasks, record
+from spd_launch.freeze import record
+from spd_launch.ledger import find_launch, new_launch, read_task, read_tasks
+from spd_launch.snapshot import Snapshot
 from spd_launch.validate import validate, validate_all
 
 ROOT = Path(__file__).parent.parent.parent
@@ -146,7 +148,7 @@ def test_every_profile_is_valid(file: Path) -> None:
 def test_a_launch_on_disk(tmp_path: Path) -> None:
     runs = [({"seed": str(s)}, config(seed=s, launch__out_dir=str(tmp_path))) for s in (0, 1)]
     plan, launch = new_launch(runs)
-    record(launch, plan, ROOT, None)
+    record(launch, plan, Snapshot(ROOT, None, None), [])
     assert {f.name for f in launch.path.iterdir()} == {
         "launch.yaml",
         "plan.json",
@@ -155,6 +157,9 @@ def test_a_launch_on_disk(tmp_path: Path) -> None:
     }
     assert [t.run_id for t in read_tasks(launch)] == [t.run_id for t in plan.tasks]
     assert read_tasks(launch)[1].config == runs[1][1]
+    assert [read_task(launch, t.run_id) for t in plan.tasks] == plan.tasks  # what a rank reads
+    with pytest.raises(LaunchError, match="no run 'another'"):
+        read_task(launch, "another")
     status = json.loads((launch.run_dir(plan.tasks[0].run_id).status_file).read_text())
     assert (status["state"], status["attempt"], status["steps"]) == ("pending", 0, 4)
     for name in ("latest", launch.launch_id[:15], launch.launch_id[-4:]):
@@ -177,9 +182,9 @@ def test_nothing_is_left_of_a_launch_that_failed_before_it_was_sent(tmp_path: Pa
 
 def run(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "SPD_OUT_DIR": str(out)}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    line = [sys.executable, "-m", *arguments]
+    nothing = subprocess.DEVNULL  # no terminal that could be asked
+    return subprocess.run(line, cwd=ROOT, env=env, stdin=nothing, capture_output=True, text=True)
 
 
 def test_commands_end_with_one_message_and_code_2(tmp_path: Path) -> None:
