@@ -13,7 +13,7 @@ from contextlib import suppress
 from spd_launch import ledger, slurm_state
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
-from spd_launch.observe import Observed, observe, parser
+from spd_launch.observe import Observed, ask_slurm, judge, observe, parser, strangers
 
 
 def main() -> int:
@@ -31,8 +31,11 @@ def main() -> int:
             )
         names = {row.name for row in ledger.find_rows(rows, wanted)}
         rows = [row for row in rows if row.name in names or row.after in names]
-    observed = [row for row in observe(launch, rows) if row.state != "finished"]
+    in_queue = ask_slurm(launch)
+    observed = [row for row in judge(launch, rows, in_queue) if row.state != "finished"]
     live = [row for row in observed if row.live]
+    if wanted is None:
+        slurm_state.cancel_jobs(strangers(launch, in_queue))
     ledger.note_jobs(launch, "cancel", {row.row.name: row.job_id for row in live})
     _end(launch, live)
     # Only now: a run that is being ended still saves, and says that it stopped.

@@ -13,7 +13,7 @@ from spd_launch.__main__ import start
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.freeze import change_code
 from spd_launch.ledger import LaunchDir
-from spd_launch.observe import Observed, observe, parser
+from spd_launch.observe import Observed, ask_slurm, judge, parser, strangers
 from spd_launch.plan import Task, step_tasks
 from spd_launch.snapshot import code_for
 from spd_launch.steps import STEPS
@@ -31,11 +31,18 @@ def main() -> int:
     wanted = given.task or run
     info, rows = ledger.read_info(launch), ledger.read_rows(launch)
     only = None if wanted is None else ledger.find_row(rows, wanted).name
-    observed = observe(launch, rows)
+    live = ask_slurm(launch)
+    if unknown := strangers(launch, live):
+        raise LaunchError(
+            f"in the queue, but in no file of this launch: {' '.join(unknown)}; end them first: "
+            f"python -m spd_launch.cancel {launch.launch_id}"
+        )
+    observed = judge(launch, rows, live)
     todo = _to_send(observed, only, info["kind"])
     if not todo:
-        live = [row for row in observed if row.live and row.row.name in (only, row.row.name)]
-        print(f"nothing to resume: {len(rows) - len(live)} finished, {len(live)} still live")
+        mine = [row for row in observed if only in (None, row.row.name)]
+        n_live = sum(row.live for row in mine)
+        print(f"nothing to resume: {len(mine) - n_live} finished, {n_live} still live")
         return 0
     python_path = Path(info["python_path"]) if given.with_code == "then" else _code_now(launch)
     if not (python_path / "spd_launch").is_dir():

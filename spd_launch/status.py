@@ -14,7 +14,7 @@ from typing import Any
 from spd_launch import ledger
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
-from spd_launch.observe import Observed, ask_slurm, judge, parser
+from spd_launch.observe import Observed, ask_slurm, judge, parser, strangers
 from spd_launch.pace import Pace, pace_of
 from spd_launch.run_record import read_error, read_status, read_wandb_url
 from spd_launch.steps import STEPS
@@ -26,8 +26,7 @@ MAX_TOLD = 10  # of the runs that failed
 
 @dataclass(frozen=True)
 class Seen:
-    """A launch at one moment. `problem`: why Slurm could not be asked; `strangers`: jobs in the
-    queue that carry the launch's name and stand in no file."""
+    """A launch at one moment; `problem` says why Slurm could not be asked."""
 
     rows: list[Observed]
     problem: str
@@ -64,8 +63,7 @@ def look(launch: LaunchDir, run: str | None) -> Seen:
         live = ask_slurm(launch)
     except LaunchError as error:
         return Seen(judge(launch, rows, None), str(error), [])
-    strangers = sorted(set(live) - ledger.known_jobs(launch))
-    return Seen(judge(launch, rows, live), "", strangers)
+    return Seen(judge(launch, rows, live), "", strangers(launch, live))
 
 
 def _list(out_dir: Path, as_json: bool) -> int:

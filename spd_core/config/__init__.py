@@ -163,7 +163,8 @@ def load_config(path: Path) -> RunConfig:
     if not path.is_file():
         raise ValueError(f"no run config at {path}")
     try:
-        return RunConfig.model_validate(yaml.safe_load(path.read_text()))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        return RunConfig.model_validate(yaml.load(path.read_text(), loader))
     except (ValidationError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no valid run config: {error}") from None
 
