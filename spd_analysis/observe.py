@@ -29,7 +29,7 @@ def observe(d: Decomposition, seed: int, step: int, batch_size: int, purpose: st
     """
     randomness = StepRandomness(seed, step, 0, 1, batch_size, d.dist.device, phase=purpose)
     with d.autocast():
-        examples = draw_examples(d.config, randomness, purpose)
+        examples = draw_examples(d.config, d.data, randomness, purpose)
         target_out, inputs = d.model.run_target(examples)
         ci = d.model.causal_importances(inputs, d.model.own_acts(inputs), noise=None)
     lower = {name: importance.lower.float() for name, importance in ci.items()}

@@ -54,7 +54,7 @@ def cluster_run(
         run = load_run(run_dir.path)
     except OSError as error:  # no checkpoint, or no target in the store
         raise ValueError(f"{run_dir.path} cannot be loaded: {error}") from None
-    d = Decomposition(run.config, run.model.to(device), Dist(0, 1, device))
+    d = Decomposition(run.config, run.model.to(device), Dist(0, 1, device), run_dir.data)
     with console.status(f"causal importances on {config.data.n_samples:,} samples"):
         activations = collect(d, config)
     n = len(activations.subcomponents)

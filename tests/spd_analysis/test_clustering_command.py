@@ -63,7 +63,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(arguments, message, command
     unfinished = run_dir.path.with_name("unfinished")
     unfinished.mkdir()
     (unfinished / "config.yaml").write_text(run_dir.config_file.read_text())
-    places = {"run": run_dir.path, "unfinished": unfinished}
-    code, _, error = command(*(a.format(**places) for a in arguments))
+    places = {"{run}": str(run_dir.path), "{unfinished}": str(unfinished)}
+    code, _, error = command(*(places.get(a, a) for a in arguments))
     assert code == 2 and error.startswith("error: ") and message in error
     assert not (run_dir.path / "clusterings").exists()
