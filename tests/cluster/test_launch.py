@@ -110,7 +110,7 @@ def test_a_run_outlives_its_time_limit(launch: Launch, command: Command) -> None
     stopped_at = status(folder, task).step
     wait_for(lambda: status(folder, task).attempt == 2, 180, "the second attempt")
     wait_for(lambda: status(folder, task).step > stopped_at, 60, "steps of the second attempt")
-    assert "saved; requeued, 1 of 20" in log(folder)
+    assert "saved; to be requeued, 1 of 20" in log(folder)
     assert f"continuing from step {stopped_at}" in log(folder)
     [job] = ledger.latest_jobs(folder).values()
     assert status(folder, task).job_id == job
