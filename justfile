@@ -36,6 +36,10 @@ test-fast *args: install
 test-cluster *args: install
     {{bin}}/python -m pytest -m cluster "$@"
 
+# Break small runs in every way, continue them and compare: --faults 200, --where cluster, ...
+chaos *args: install
+    {{bin}}/python tests/chaos/chaos.py "$@"
+
 # Bring the four-node test cluster up, or take it down
 cluster action="up": install
     {{bin}}/python tests/cluster/slurm_cluster.py {{action}}

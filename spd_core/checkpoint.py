@@ -2,7 +2,7 @@
 
 `checkpoints/step_N/` holds `state.safetensors` (weights and optimiser) and `meta.json` (the step
 and the file's sha256). Random streams and schedules are functions of the step, so the step is all
-of their state.
+of their state. Every rank has the same state, so rank 0 alone writes it.
 """
 
 import hashlib
@@ -12,41 +12,45 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spd_core.component_model import ComponentModel
-from spd_core.run_dir import RunDir, written_whole
+from spd_core.config import CheckpointConfig
+from spd_core.run_dir import RunDir, sync, written_whole
+
+FORMAT = "1"  # of the tensors' names and meanings; raised when an older state cannot be continued
+
+
+def training_state(
+    model: ComponentModel, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """All that training needs to go on, copied to the host; `extra` is added by name."""
+    tensors = {f"extra:{name}": tensor for name, tensor in extra.items()}
+    for name, parameter in model.trained_parameters().items():
+        tensors[f"model:{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer:{name}:{key}"] = value
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def save_checkpoint(
-    run_dir: RunDir,
-    step: int,
-    model: ComponentModel,
-    optimizer: torch.optim.Optimizer,
-    extra: dict[str, Tensor],
-    keep: int,
+    run_dir: RunDir, step: int, state: dict[str, Tensor], options: CheckpointConfig
 ) -> None:
-    """Write the state after `step` steps, then drop all but the newest `keep` checkpoints.
-
-    `extra` is what else the loop needs to go on, by name.
-    """
-    tensors = {f"extra:{name}": tensor for name, tensor in extra.items()}
-    for name, parameter in model.trained_parameters().items():
-        tensors[f"model:{name}"] = parameter.detach().contiguous()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer:{name}:{key}"] = value
+    """Write the `training_state` after `step` steps, then drop what is not to be kept."""
+    sync(run_dir.metrics_file)  # no later attempt writes its lines again
     folder = run_dir.checkpoints / f"step_{step}"
     if folder.exists():
         set_aside(folder)
     with written_whole(folder) as new:
         new.mkdir(parents=True)
-        save_file(tensors, new / "state.safetensors")
+        save_file(state, new / "state.safetensors", {"format": FORMAT})
         meta = {"step": step, "sha256": _sha256(new / "state.safetensors")}
         (new / "meta.json").write_text(json.dumps(meta))
-    for old in checkpoint_steps(run_dir)[:-keep]:
-        shutil.rmtree(run_dir.checkpoints / f"step_{old}")
+    for old in checkpoint_steps(run_dir)[: -options.keep]:
+        if options.keep_every is None or old % options.keep_every:
+            shutil.rmtree(run_dir.checkpoints / f"step_{old}")
     for leftover in run_dir.checkpoints.glob(".step_*"):
         shutil.rmtree(leftover)
 
@@ -69,18 +73,26 @@ def newest_valid_checkpoint(run_dir: RunDir) -> tuple[Path, int, dict[Path, str]
     Raises:
         FileNotFoundError: there is none.
     """
+    step, damaged = newest_valid_step(run_dir)
+    if step == 0:
+        problems = ", ".join(damaged.values())
+        raise FileNotFoundError(f"no valid checkpoint in {run_dir.checkpoints}: {problems}")
+    return run_dir.checkpoints / f"step_{step}", step, damaged
+
+
+def newest_valid_step(run_dir: RunDir) -> tuple[int, dict[Path, str]]:
+    """The step of the newest undamaged checkpoint, 0 without one; and newer, damaged ones."""
     damaged: dict[Path, str] = {}
     for step in reversed(checkpoint_steps(run_dir)):
         folder = run_dir.checkpoints / f"step_{step}"
         try:
             digest = json.loads((folder / "meta.json").read_text())["sha256"]
             if digest == _sha256(folder / "state.safetensors"):
-                return folder, step, damaged
+                return step, damaged
             damaged[folder] = f"{folder}/state.safetensors does not match its digest"
-        except (FileNotFoundError, KeyError, ValueError) as error:
+        except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
             damaged[folder] = f"{folder} is damaged: {error}"
-    problems = ", ".join(damaged.values())
-    raise FileNotFoundError(f"no valid checkpoint in {run_dir.checkpoints}: {problems}")
+    return 0, damaged
 
 
 @torch.no_grad()
@@ -88,12 +100,19 @@ def load_model(folder: Path, model: ComponentModel) -> dict[str, Tensor]:
     """Copy the trained parameters of a checkpoint into the model; returns all of its tensors.
 
     Raises:
-        ValueError: the checkpoint holds no tensors, or other parameters than the model.
+        ValueError: the checkpoint is of another format, or has other parameters than the model.
     """
     try:
+        with safe_open(folder / "state.safetensors", "pt") as file:
+            made = (file.metadata() or {"format": "1"})["format"]
         tensors = load_file(folder / "state.safetensors")
     except SafetensorError as error:
         raise ValueError(f"{folder}/state.safetensors holds no tensors: {error}") from None
+    if made != FORMAT:
+        raise ValueError(
+            f"{folder} has format {made}, and this code reads format {FORMAT}: "
+            "continue with the code that wrote it, as `resume` does"
+        )
     saved, parameters = _below("model:", tensors), model.trained_parameters()
     shapes, wanted = ({(n, t.shape) for n, t in of.items()} for of in (saved, parameters))
     if wrong := {name for name, _ in shapes ^ wanted}:

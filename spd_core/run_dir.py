@@ -39,15 +39,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.umask(umask)
         for written in [*temporary.glob("*")] or [temporary]:
             written.chmod(0o666 & ~umask)  # safetensors writes files for their owner alone
-            _fsync(written)
-        _fsync(temporary)
+            sync(written)
+        sync(temporary)
         os.rename(temporary, path)
-        _fsync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file or folder is on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,14 +17,15 @@ from spd_core.config import RunConfig
 from spd_core.data.batches import Decomposition
 from spd_core.distributed import Dist, over_ranks
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
-from spd_core.losses.faithfulness import faithfulness
+from spd_core.losses.distance import faithfulness
 from spd_core.metrics import Sums, add, means
 from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
 from spd_core.parts import check_parts
-from spd_core.run_dir import RunDir, truncate_metrics
+from spd_core.run_dir import RunDir, append_metrics, truncate_metrics
 from spd_core.step import optimisation_step, schedules
 from spd_core.targets.train_target import load_or_train_target
-from spd_core.tracking import Tracker
+
+AfterStep = Callable[[int, dict[str, float]], bool]
 
 
 def build_model(config: RunConfig, targets: Path, dist: Dist, console: Console) -> ComponentModel:
@@ -57,12 +59,13 @@ class Training(Decomposition):
 
 
 def train(
-    config: RunConfig, run_dir: RunDir, dist: Dist, after_step: Callable[[int], bool]
+    config: RunConfig, run_dir: RunDir, dist: Dist, after_step: AfterStep
 ) -> Literal["finished", "stopped"]:
     """Run, or continue, one decomposition; every rank calls this.
 
     Continues from the newest valid checkpoint. `after_step` is told on every rank how many steps
-    are done; where one says yes, all save together and the result is "stopped".
+    are done, and what was logged after the last one (mostly nothing); where one says yes, all save
+    together and the result is "stopped".
 
     Raises:
         ValueError: the config does not fit the target.
@@ -77,8 +80,10 @@ def train(
     first = _start(t, run_dir, console)
     if dist.is_main:
         truncate_metrics(run_dir, first)
-    with Tracker(config, run_dir if dist.is_main else None, console, first) as tracker:
-        return _loop(t, run_dir, tracker, first, after_step)
+    with ThreadPoolExecutor(1) as writer:
+        outcome = _loop(t, run_dir, writer, first, after_step)
+    distributed.barrier(dist)  # the last checkpoint is whole for all
+    return outcome
 
 
 def _start(t: Training, run_dir: RunDir, console: Console) -> int:
@@ -88,8 +93,8 @@ def _start(t: Training, run_dir: RunDir, console: Console) -> int:
     may show others something else.
     """
     newest = torch.tensor(0, device=t.dist.device)
-    if t.dist.is_main and checkpoint.checkpoint_steps(run_dir):
-        _, found, damaged = checkpoint.newest_valid_checkpoint(run_dir)
+    if t.dist.is_main:
+        found, damaged = checkpoint.newest_valid_step(run_dir)
         newest.fill_(found)
         for folder, problem in damaged.items():
             console.print(f"[yellow]{problem}: set aside", soft_wrap=True)
@@ -126,7 +131,7 @@ def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
 
 
 def _loop(
-    t: Training, run_dir: RunDir, tracker: Tracker, step: int, after_step: Callable[[int], bool]
+    t: Training, run_dir: RunDir, writer: ThreadPoolExecutor, step: int, after_step: AfterStep
 ) -> Literal["finished", "stopped"]:
     config, dist, steps = t.config, t.dist, t.config.train.steps
     alive, l0 = config.eval.metrics.alive_components, config.eval.metrics.ci_l0
@@ -138,13 +143,14 @@ def _loop(
         if l0 is not None and logged:
             add(l0_of_step, l0_sums(ci, l0))
 
+    writing, saving_s = writer.submit(lambda: None), 0.0
     timed_from, started = step, time.perf_counter()
     while step < steps:
         # ---- one optimisation step; from then on `step` counts the steps done
         logged = (step + 1) % config.track.log_every == 0 or step + 1 in (1, steps)
         result = optimisation_step(t, t.optimizer, step, observe)
         step += 1
-        due = due_metrics(config, step)
+        due, values = due_metrics(config, step), dict[str, float]()
 
         # ---- rare events
         if logged or due:
@@ -153,34 +159,43 @@ def _loop(
             if logged:
                 values = result.values() | means(over_ranks("sum", l0_of_step, dist))
                 l0_of_step.clear()
-                _check_finite(values, step)
+                _check_finite(values, step, run_dir)
                 unit = "tokens" if result.n_positions > config.train.batch_size else "examples"
                 values[f"{unit}_per_s"] = result.n_positions / step_s
-                tracker.log(step, values | schedules(config, step - 1))
+                values["checkpoint_cost_s"], saving_s = saving_s, 0.0
+                values |= schedules(config, step - 1)
             if due:
                 figures = run_dir.figures / f"step_{step}"
-                tracker.log(step, evaluate(t, step, due, t.positions_ago, step_s, figures))
-        stopping = distributed.any_rank(after_step(step), dist)
+                values |= evaluate(t, step, due, t.positions_ago, step_s, figures)
+            if dist.is_main:
+                append_metrics(run_dir, {"step": step, **values})
+        stopping = distributed.any_rank(after_step(step, values), dist)
         saving = stopping or step % config.checkpoint.every_steps == 0 or step == steps
         if saving:
-            _check_finite({n: norm.item() for n, norm in result.grad_norms.items()}, step)
-            extra = over_ranks("min", t.positions_ago, dist)
+            _check_finite(result.values(), step, run_dir)
+            began, extra = time.perf_counter(), over_ranks("min", t.positions_ago, dist)
             if dist.is_main:
-                keep = config.checkpoint.keep
-                checkpoint.save_checkpoint(run_dir, step, t.model, t.optimizer, extra, keep)
-            distributed.barrier(dist)
+                writing.result()  # one after the other
+                state = checkpoint.training_state(t.model, t.optimizer, extra)
+                job = checkpoint.save_checkpoint, run_dir, step, state, config.checkpoint
+                writing = writer.submit(*job)
+            saving_s += time.perf_counter() - began
+        if writing.done() or stopping or step == steps:
+            writing.result()  # what cannot be written ends the run
         if logged or due or saving:
             timed_from, started = step, time.perf_counter()
-        tracker.advance(step)
         if stopping and step < steps:
             return "stopped"
     return "finished"
 
 
-def _check_finite(values: dict[str, float], step: int) -> None:
-    bad = {name: value for name, value in values.items() if not abs(value) < float("inf")}
-    if bad:
-        raise FloatingPointError(
-            f"not finite at step {step}: {bad}; the last checkpoint is untouched. "
-            "Lower train.lr.start, or clip with train.grad_clip"
-        )
+def _check_finite(values: dict[str, float], step: int, run_dir: RunDir) -> None:
+    if all(abs(value) < float("inf") for value in values.values()):
+        return
+    numbers = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+    saved = checkpoint.checkpoint_steps(run_dir)
+    raise FloatingPointError(
+        f"not finite at step {step}: {numbers}. The last checkpoint is "
+        f"{f'of step {saved[-1]}' if saved else 'still to come'}; "
+        "lower train.lr.start, or clip with train.grad_clip"
+    )

@@ -26,11 +26,9 @@ from spd_launch.compose import PACKAGE_ROOT
 from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, make_plan, shape
-from spd_launch.run_record import Status, read_status, write_status
+from spd_launch.run_record import ERROR, Status, read_status, write_status
 from spd_launch.snapshot import drop_snapshot
 from spd_launch.steps import STEPS, Row, step_rows
-
-ERROR = "error.txt"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -173,12 +171,6 @@ def mark_failed(run_dir: RunDir, error: BaseException) -> None:
     mark(run_dir, "failed")
 
 
-def read_error(run_dir: RunDir) -> str:
-    """What a failed run failed of, in one line; empty where it had no time to say."""
-    file = run_dir.path / ERROR
-    return " ".join(file.read_text().split()) if file.exists() else ""
-
-
 def n_steps(config: JobConfig) -> int:
     """The steps of what this run trains: a decomposition or a target."""
     if config.launch.goal == "decomposition":
@@ -197,6 +189,9 @@ def pending(steps: int) -> Status:
 def note_jobs(launch: LaunchDir, kind: str, jobs: dict[str, str]) -> None:
     """Append one line: kind (submit, local, cancel) and run id -> job id."""
     line = {"kind": kind, "time": time.time(), "host": socket.gethostname(), "jobs": jobs}
+    if launch.jobs_file.exists():  # a kill, or a full disk, may have left half a line
+        whole = launch.jobs_file.read_bytes().rpartition(b"\n")
+        os.truncate(launch.jobs_file, len(whole[0] + whole[1]))
     with open(launch.jobs_file, "a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -207,7 +202,9 @@ def latest_jobs(launch: LaunchDir) -> dict[str, str]:
     """run id -> the job it was last given."""
     jobs: dict[str, str] = {}
     if launch.jobs_file.exists():
-        for line in launch.jobs_file.read_text().splitlines():
+        for line in launch.jobs_file.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue  # half written
             entry = json.loads(line)
             jobs.update(entry["jobs"] if entry["kind"] != "cancel" else {})
     return jobs

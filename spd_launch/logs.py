@@ -8,6 +8,7 @@ from spd_launch import ledger
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import observe, parser, row_status
+from spd_launch.run_record import read_error
 from spd_launch.steps import STEPS, Row
 
 
@@ -45,7 +46,7 @@ def _show(launch: LaunchDir, row: Row, job_id: str | None, rank: int, follow: bo
         print(f"{row.name} was not sent: python -m spd_launch.resume {launch.launch_id}")
         return
     if row_status(launch, row).state == "failed":
-        print(f"{row.name} failed: {ledger.read_error(launch.folder(row))}")
+        print(f"{row.name} failed: {read_error(launch.folder(row))}")
     print(f"==> {file} <==", flush=True)
     if follow:
         _follow(file, launch, row)

@@ -1,55 +1,62 @@
-"""How fast a run is and what it says of itself, from the end of its metrics.jsonl."""
+"""How a run is seen while it works: its status on disk, and a bar or lines on the console."""
 
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from statistics import median
+import socket
+import time
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn
 
 from spd_core.run_dir import RunDir
-from spd_launch.run_record import Status
+from spd_launch.run_record import State, Status, write_status
 
-TAIL = 8_192
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Of the lines of metrics.jsonl that a run wrote last; None where it wrote too few."""
-
-    steps_per_s: float | None
-    left_s: float | None
-    losses: Mapping[str, float]
-
-    @property
-    def recon(self) -> float | None:
-        """The loss of reconstruction: the first of the run's, in the order of its names."""
-        return next((value for name, value in self.losses.items() if "recon" in name), None)
+HEARTBEAT_S = 10.0
 
 
-def pace_of(folder: RunDir, status: Status) -> Pace:
-    records = last_records(folder.metrics_file, TAIL)
-    moments = {record["step"]: record["time"] for record in records}
-    paces = [(t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in pairwise(moments.items()) if s1 > s0]
-    # The median leaves out evaluations, and the time between two attempts.
-    seconds = median(paces) if paces else None
-    losses: dict[str, float] = {}
-    for record in records:
-        losses |= {k.removeprefix("loss/"): v for k, v in record.items() if k.startswith("loss/")}
-    if not seconds:
-        return Pace(None, None, losses)
-    step = max(status.step, *moments)
-    return Pace(1 / seconds, (status.steps - step) * seconds, losses)
+class Heartbeat:
+    """The status of a run while this process works on it; without a folder nothing is written."""
+
+    def __init__(self, run_dir: RunDir | None, steps: int, attempt: int, job_id: str) -> None:
+        self.run_dir, self.steps, self.attempt, self.job_id = run_dir, steps, attempt, job_id
+        self.step, self.written = 0, float("-inf")
+
+    def at(self, step: int) -> None:
+        """So many steps are done; written down once in a while."""
+        self.step = step
+        if time.monotonic() - self.written > HEARTBEAT_S:
+            self.write("running")
+            self.written = time.monotonic()
+
+    def write(self, state: State) -> None:
+        if self.run_dir is not None:
+            write_status(self.run_dir, Status(
+                state=state, step=self.step, steps=self.steps, heartbeat=time.time(),
+                attempt=self.attempt, job_id=self.job_id, host=socket.gethostname(),
+            ))  # fmt: skip
 
 
-def last_records(file: Path, n_bytes: int) -> list[dict[str, float]]:
-    """The whole lines among the last bytes of metrics.jsonl."""
-    if not file.exists():
-        return []
-    with open(file, "rb") as opened:
-        start = max(0, os.fstat(opened.fileno()).st_size - n_bytes)
-        opened.seek(start)
-        lines = opened.read().splitlines(keepends=True)
-    whole = [line for line in (lines[1:] if start else lines) if line.endswith(b"\n")]
-    return json.loads(b"[" + b",".join(whole) + b"]")  # all at once: ten times as fast as each
+class StepBar:
+    """Shows steps and losses. On a terminal a bar; in a log file one line per report."""
+
+    def __init__(self, steps: int, console: Console) -> None:
+        self.console, self.steps, self.loss = console, steps, ""
+        self.first: tuple[int, float] | None = None
+        columns = (*Progress.get_default_columns(), TextColumn("{task.fields[at]}"))
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("decompose", total=steps, at="")
+
+    def at(self, step: int, values: dict[str, float]) -> None:
+        """So many steps are done; `values` are what was just logged, if anything was."""
+        place = f"step {step}/{self.steps}"
+        if self.first is None:
+            self.first = step, time.monotonic()
+            self.bar.start()  # not before: a target in training has a bar of its own
+        else:
+            rate = (step - self.first[0]) / (time.monotonic() - self.first[1])
+            place += f"  {rate:.0f} steps/s"
+        losses = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
+        if losses:
+            self.loss = f"loss {losses['total']:.2e}"
+        if losses and not self.console.is_terminal:
+            text = "  ".join(f"{name} {value:.2e}" for name, value in losses.items())
+            self.console.print(f"{place}  {text}", soft_wrap=True)
+        self.bar.update(self.task, completed=step, at=f"{place}  {self.loss}")

@@ -17,7 +17,7 @@ from spd_launch import ledger
 from spd_launch.errors import LaunchError, exit_with, nearest
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import parser
-from spd_launch.progress import last_records
+from spd_launch.pace import last_records
 from spd_launch.run_record import read_status
 from spd_launch.table import print_table, short
 

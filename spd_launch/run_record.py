@@ -2,18 +2,16 @@
 
 import json
 import platform
-import socket
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from spd_core.base_config import BaseConfig
 from spd_core.run_dir import RunDir, write_atomic
 
-HEARTBEAT_S = 10.0
-WANDB_URL = "wandb_url.txt"  # in a run's folder
+WANDB_URL, ERROR, CRASHES = "wandb_url.txt", "error.txt", "crashes.jsonl"  # in a run's folder
 State = Literal["pending", "running", "stopped", "finished", "failed", "cancelled"]
 
 
@@ -45,26 +43,33 @@ def read_wandb_url(run_dir: RunDir) -> str | None:
     return None
 
 
-class Progress:
-    """The status of a run while this process works on it; without a folder nothing is written."""
+def note_crash(run_dir: RunDir, job_id: str, error: BaseException) -> bool:
+    """Write down at which step a job crashed; whether the run got further than last time."""
+    status, crashes = read_status(run_dir), _crashes(run_dir)
+    assert status is not None, f"no status of {run_dir.path.name}"
+    further = not crashes or status.step > crashes[-1]["step"]
+    crashes.append({
+        "step": status.step, "job_id": job_id, "time": time.time(), "requeued": further,
+        "error": f"{type(error).__name__}: {error}",
+    })  # fmt: skip
+    write_atomic(run_dir.path / CRASHES, "".join(json.dumps(c) + "\n" for c in crashes))
+    return further
 
-    def __init__(self, run_dir: RunDir | None, steps: int, attempt: int, job_id: str) -> None:
-        self.run_dir, self.steps, self.attempt, self.job_id = run_dir, steps, attempt, job_id
-        self.step, self.written = 0, float("-inf")
 
-    def at(self, step: int) -> None:
-        """So many steps are done; written down once in a while."""
-        self.step = step
-        if time.monotonic() - self.written > HEARTBEAT_S:
-            self.write("running")
-            self.written = time.monotonic()
+def n_crash_requeues(run_dir: RunDir, job_id: str) -> int:
+    """How many turns of this job were for crashes, and not for time limits and preemptions."""
+    return sum(c["requeued"] for c in _crashes(run_dir) if c["job_id"] == job_id)
 
-    def write(self, state: State) -> None:
-        if self.run_dir is not None:
-            write_status(self.run_dir, Status(
-                state=state, step=self.step, steps=self.steps, heartbeat=time.time(),
-                attempt=self.attempt, job_id=self.job_id, host=socket.gethostname(),
-            ))  # fmt: skip
+
+def _crashes(run_dir: RunDir) -> list[dict[str, Any]]:
+    file = run_dir.path / CRASHES
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def read_error(run_dir: RunDir) -> str:
+    """What a failed run failed of, in one line; empty where it had no time to say."""
+    file = run_dir.path / ERROR
+    return " ".join(file.read_text().split()) if file.exists() else ""
 
 
 def write_environment(run_dir: RunDir) -> None:

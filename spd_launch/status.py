@@ -15,8 +15,8 @@ from spd_launch import ledger
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed, ask_slurm, judge, parser
-from spd_launch.progress import Pace, pace_of
-from spd_launch.run_record import read_status, read_wandb_url
+from spd_launch.pace import Pace, pace_of
+from spd_launch.run_record import read_error, read_status, read_wandb_url
 from spd_launch.steps import STEPS
 from spd_launch.table import ago, clear_screen, coloured, duration, print_table, short
 
@@ -142,7 +142,7 @@ def _print_problems(launch: LaunchDir, kind: str, seen: Seen) -> None:
     bad = [row for row in rows if row.state == "failed" or row.row.name in hit]
     for row in bad[:MAX_TOLD]:
         name = row.row.name
-        error = ledger.read_error(launch.folder(row.row)) if row.state == "failed" else ""
+        error = read_error(launch.folder(row.row)) if row.state == "failed" else ""
         print(f"{name}: {row.state}{f': {error}' if error else ''}")
         if name in hit:
             print(f"  so {len(hit[name])} run(s) did not start: {', '.join(hit[name])}")
@@ -177,7 +177,7 @@ def as_data(launch: LaunchDir, seen: Seen) -> dict[str, Any]:
             "step": row.status.step, "steps": row.status.steps,
             "heartbeat": row.status.heartbeat, "steps_per_s": pace.steps_per_s,
             "left_s": pace.left_s, "losses": pace.losses, "wandb_url": read_wandb_url(folder),
-            "error": ledger.read_error(folder) if row.state == "failed" else "",
+            "error": read_error(folder) if row.state == "failed" else "",
             "folder": str(folder.path),
         })  # fmt: skip
     kept = {key: info[key] for key in ("kind", "time", "command", "commit", "then", "then_needs")}

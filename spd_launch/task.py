@@ -8,6 +8,7 @@ TERM (preemption, or scancel)      save together, then WAIT to be killed: who ex
                                    period counts as completed and is never requeued by Slurm, and
                                    a cancelled job must not requeue itself.
 Locally, INT and TERM save and exit with 130.
+A job that crashes is requeued as well, if it got further than at its last crash.
 A toy target cannot be saved on its way: it goes on, and starts anew where it is killed.
 """
 
@@ -19,28 +20,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 
-from spd_core.run_dir import RunDir
+from rich.console import Console
+
+from spd_core.run_dir import RunDir, write_atomic
 from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_task
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
-from spd_launch.run_record import Progress, read_status, write_environment
+from spd_launch.progress import Heartbeat, StepBar
+from spd_launch.run_record import n_crash_requeues, note_crash, read_status, write_environment
 from spd_launch.upload import uploading
 
 if TYPE_CHECKING:
     from spd_core.distributed import Dist
 
 STOPPED = 130  # exit code of a local run that was asked to stop
+OWNER_S, TAKEOVER_S = 5.0, 120.0  # how often an attempt looks whether it is the last, and may take
 # Else glibc gives the memory of every large tensor back to the kernel, which fills each page of the
 # next one with zeros: half the time of a toy model's step.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-AfterStep = Callable[[int], bool]
 
 
 def rank_environment(cluster: ClusterConfig, python_path: Path) -> dict[str, str]:
@@ -117,7 +120,7 @@ def run(launch_dir: str, run_id: str) -> None:
     run_dir, config = launch.run_dir(run_id), read_task(launch, run_id).config
     place = place_from_environment(config.cluster.kind)
     _end_with_launcher(config.cluster)
-    lock = _lock(run_dir) if place.rank == 0 else None
+    lock = _lock(run_dir, place) if place.rank == 0 else None
     status = read_status(run_dir)
     if status is not None and status.state == "finished":
         print(f"{run_dir.path.name} is finished already")
@@ -132,28 +135,55 @@ def run(launch_dir: str, run_id: str) -> None:
 
         # Who was stopped by another rank leaves the word to that one and to rank 0, who knows more.
         if place.rank == 0 or not isinstance(error, PeerFailed):
-            mark_failed(run_dir, error)
+            with suppress(OSError):  # a folder gone read-only must not hide what was before
+                mark_failed(run_dir, error)
+        if place.rank == 0 and _may_crash_again(config, run_dir, place, error):
+            _requeue()
         raise
     if outcome == "stopped":
-        _leave(config, place, stop)
+        _leave(config, run_dir, place, stop)
     if lock is not None:
         lock.close()
 
 
-def _lock(run_dir: RunDir) -> TextIO:
+def _lock(run_dir: RunDir, place: Place) -> TextIO:
     """Two processes in one run's folder would delete each other's checkpoints.
 
-    The lock lasts as long as the process, however that ends.
+    The lock lasts as long as the process, however that ends. On a node that Slurm has lost it may
+    go on when its job runs elsewhere: `.owner` tells it to end, and the new attempt waits for that.
     """
-    file = open(run_dir.path / ".lock", "w")  # noqa: SIM115
+    file, owner = open(run_dir.path / ".lock", "w"), run_dir.path / ".owner"  # noqa: SIM115
+    own, deadline = f"{place.job_id} {place.restart}", time.monotonic() + TAKEOVER_S
+    while not _acquired(file):
+        same_job = owner.exists() and owner.read_text().split()[0] == place.job_id
+        if not (same_job and place.restart) or time.monotonic() > deadline:
+            raise LaunchError(
+                f"{run_dir.path.name} is being worked on by another process; "
+                "python -m spd_launch.status shows which, .cancel ends it"
+            )
+        write_atomic(owner, own)
+        time.sleep(1)
+    write_atomic(owner, own)
+
+    threading.Thread(target=_end_when_superseded, args=(owner, own), daemon=True).start()
+    return file
+
+
+def _end_when_superseded(owner: Path, own: str) -> None:
+    while True:
+        time.sleep(OWNER_S)
+        with suppress(FileNotFoundError):  # the folder was removed, or the network shows it late
+            if owner.read_text() != own:
+                print("this job was started again elsewhere: this attempt ends", flush=True)
+                os._exit(1)
+
+
+def _acquired(file: TextIO) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise LaunchError(
-            f"{run_dir.path.name} is being worked on by another process; "
-            "python -m spd_launch.status shows which, .cancel ends it"
-        ) from None
-    return file
+        return False
+    return True
 
 
 def _end_with_launcher(cluster: ClusterConfig) -> None:
@@ -182,19 +212,15 @@ def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
     if dist.is_main:
         write_environment(run_dir)
     written = run_dir if dist.is_main else None
-    progress = Progress(written, n_steps(config), meeting.attempt, place.job_id)
-    progress.write("running")
-
-    def after_step(step: int) -> bool:
-        progress.at(step)
-        return stop()
-
+    heartbeat = Heartbeat(written, n_steps(config), meeting.attempt, place.job_id)
+    heartbeat.write("running")
     train = {"decomposition": _decompose, "target": _train_target}[config.launch.goal]
     with watching(dist, meeting.address, lambda: mark(run_dir, "failed")):
         try:
-            outcome = train(config, run_dir, dist, progress, after_step)
+            outcome = train(config, run_dir, dist, heartbeat, stop)
         except BaseException:
-            progress.write("failed")
+            with suppress(OSError):
+                heartbeat.write("failed")
             raise
         distributed.barrier(dist)  # srun --wait ends a job a minute after its first rank left
     if outcome == "finished":
@@ -203,31 +229,43 @@ def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
 
 
 def _decompose(
-    config: JobConfig, run_dir: RunDir, dist: "Dist", progress: Progress, after_step: AfterStep
+    config: JobConfig, run_dir: RunDir, dist: "Dist", heartbeat: Heartbeat, stop: Stop
 ) -> Literal["finished", "stopped"]:
     from spd_core.train import train
 
+    shown = StepBar(config.train.steps, Console(quiet=not dist.is_main))
+
+    def after_step(step: int, values: dict[str, float]) -> bool:
+        heartbeat.at(step)
+        shown.at(step, values)
+        return stop()
+
     with uploading(config, run_dir) if dist.is_main else nullcontext():
-        outcome = train(config, run_dir, dist, after_step)
-        progress.write(outcome)
+        try:
+            outcome = train(config, run_dir, dist, after_step)
+        finally:
+            shown.bar.stop()
+        heartbeat.write(outcome)
     if outcome == "finished" and dist.is_main:
         _report(run_dir)
     return outcome
 
 
 def _train_target(
-    config: JobConfig, run_dir: RunDir, dist: "Dist", progress: Progress, after_step: AfterStep
+    config: JobConfig, run_dir: RunDir, dist: "Dist", heartbeat: Heartbeat, stop: Stop
 ) -> Literal["finished", "stopped"]:
-    from rich.console import Console
-
     from spd_core.targets.train_target import target_folder, train_target
+
+    def after_step(step: int) -> bool:
+        heartbeat.at(step)
+        return stop()
 
     console = Console(quiet=not dist.is_main)
     outcome = train_target(config, run_dir.targets, dist, console, after_step)
     if outcome == "finished":
-        progress.at(n_steps(config))
+        heartbeat.at(n_steps(config))
         console.print(f"the target is in {target_folder(config, run_dir.targets)}", soft_wrap=True)
-    progress.write(outcome)
+    heartbeat.write(outcome)
     return outcome
 
 
@@ -275,20 +313,43 @@ def check_code() -> None:
             raise RuntimeError(f"{file} was imported, which is not in the launch's code, {code}")
 
 
-def _leave(config: JobConfig, place: Place, stop: Stop) -> NoReturn:
+def _leave(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> NoReturn:
     """After a save: wait for Slurm's kill, having asked for another turn if time ran out."""
     if config.cluster.kind == "local":
         sys.exit(STOPPED)
     _wait_for_reason(stop)
     if stop.signal == signal.SIGUSR2 and place.rank == 0:
-        again = config.cluster.requeue == "on" and place.restart < config.launch.max_requeues
-        if not again:
-            print(f"time limit reached after {place.restart} requeues; not requeued again")
+        n_limits = place.restart - n_crash_requeues(run_dir, place.job_id)
+        if config.cluster.requeue == "off" or n_limits >= config.launch.max_requeues:
+            print(f"time limit reached after {n_limits} requeues; not requeued again")
             sys.exit(1)
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True, timeout=60)
-        print(f"saved; requeued, {place.restart + 1} of {config.launch.max_requeues}", flush=True)
+        print(f"saved; to be requeued, {n_limits + 1} of {config.launch.max_requeues}", flush=True)
+        if not _requeue():
+            sys.exit(1)
     time.sleep(3600)
     sys.exit(128 + signal.SIGTERM)
+
+
+def _may_crash_again(config: JobConfig, run_dir: RunDir, place: Place, error: Exception) -> bool:
+    """Whether this crash is worth another turn: it is not what the same config does each time."""
+    if config.cluster.kind == "local" or config.cluster.requeue == "off":
+        return False
+    if isinstance(error, ValueError | FloatingPointError):
+        return False
+    with suppress(OSError):
+        return note_crash(run_dir, place.job_id, error)
+    return False
+
+
+def _requeue() -> bool:
+    """Ask Slurm for another turn; its controller, if it is down, again and again."""
+    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    while (done := subprocess.run(command, capture_output=True, text=True)).returncode:
+        print(f"scontrol requeue: {done.stderr.strip()}", flush=True)
+        if "contact slurm controller" not in done.stderr:
+            return False
+        time.sleep(5)
+    return True
 
 
 def _wait_for_reason(stop: Stop) -> None:

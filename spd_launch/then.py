@@ -15,7 +15,8 @@ from pathlib import Path
 from spd_launch import ledger
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
-from spd_launch.run_record import Progress, read_status
+from spd_launch.progress import Heartbeat
+from spd_launch.run_record import read_status
 from spd_launch.steps import STEPS, Row
 from spd_launch.task import STOPPED, Stop, check_code, place_from_environment
 
@@ -36,8 +37,8 @@ def run(launch_path: str, name: str) -> None:
     folder = launch.folder(row)
     folder.path.mkdir(parents=True, exist_ok=True)
     old = read_status(folder)
-    progress = Progress(folder, 1, 1 + (old.attempt if old else 0), place.job_id)
-    progress.write("running")
+    heartbeat = Heartbeat(folder, 1, 1 + (old.attempt if old else 0), place.job_id)
+    heartbeat.write("running")
     try:
         if problem := unmet(launch, row.goal, row.after):
             raise LaunchError(problem)
@@ -48,12 +49,12 @@ def run(launch_path: str, name: str) -> None:
         ledger.mark_failed(folder, error)
         raise
     if stop():
-        progress.write("stopped")
+        heartbeat.write("stopped")
         if place.job_id.startswith("local"):
             sys.exit(STOPPED)
         time.sleep(3600)  # who exits now counts as ended, and is not started again by Slurm
-    progress.step = 1
-    progress.write("finished")
+    heartbeat.step = 1
+    heartbeat.write("finished")
 
 
 def unmet(launch: LaunchDir, step: str, run_id: str | None) -> str | None:

@@ -92,6 +92,7 @@ class EvalConfig(BaseConfig):
 class CheckpointConfig(BaseConfig):
     every_steps: Count
     keep: Count = Field(description="newest checkpoints kept")
+    keep_every: Count | None = Field(description="those of multiples of so many steps stay too")
 
 
 class WandbConfig(BaseConfig):

@@ -17,6 +17,7 @@ from torch import Tensor
 from spd_core.components import LinearComponents
 from spd_core.metrics.ci import RANGES
 from spd_core.metrics.solutions import permute_to_identity
+from spd_core.run_dir import written_whole
 
 COLOR = "#3b6ea5"
 
@@ -77,7 +78,8 @@ def per_component(sums: dict[str, Float[Tensor, "C_plus_1"]], ylabel: str) -> Fi
 
 def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with written_whole(path) as new:
+        figure.savefig(new, dpi=130, format=path.suffix[1:])
     plt.close(figure)
 
 

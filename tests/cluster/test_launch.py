@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import slurm_cluster
 from cluster import SMALL, Cluster, Command, Launch, log, status, wait_for, wait_until
 
 from spd_analysis.summary import final_metrics
@@ -15,6 +16,12 @@ from spd_launch.ledger import LaunchDir
 from spd_launch.plan import Task
 
 LONG = ["train.steps=4000", "eval.every=2000", "eval.slow_every=4000", "checkpoint.every_steps=200"]
+HALF_A_MINUTE = [
+    "train.steps=600",
+    "eval.every=300",
+    "eval.slow_every=600",
+    "checkpoint.every_steps=20",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,7 +150,7 @@ def test_the_snapshot_is_the_dirty_tree_and_deaf(
 def test_a_killed_task_ends_its_job_and_resume_finishes_it(
     launch: Launch, command: Command, slurm: Cluster
 ) -> None:
-    folder, [task] = launch(*LONG, "dp=2")
+    folder, [task] = launch(*HALF_A_MINUTE, "dp=2", "cluster.requeue=off")
     wait_for_steps(folder, task)
     assert "1 still live" in command("spd_launch.resume", "latest").stdout
     os.kill(pid_of_rank(folder, 1), signal.SIGKILL)
@@ -153,6 +160,47 @@ def test_a_killed_task_ends_its_job_and_resume_finishes_it(
     wait_until(folder, task, "finished", 240)
     assert status(folder, task).attempt == 2
     assert ledger.latest_jobs(folder)[task.run_id] != job
+
+
+def test_a_job_whose_task_is_killed_goes_on_by_itself(launch: Launch) -> None:
+    folder, [task] = launch(*HALF_A_MINUTE, "dp=2")
+    wait_for_steps(folder, task)
+    os.kill(pid_of_rank(folder, 1), signal.SIGKILL)
+    wait_until(folder, task, "finished", 240)
+    assert status(folder, task).attempt == 2
+    assert ledger.latest_jobs(folder)[task.run_id] == status(folder, task).job_id
+
+
+def test_a_node_is_lost_with_a_run_that_goes_on_there(launch: Launch, slurm: Cluster) -> None:
+    """Slurm starts the job elsewhere; what still works on the lost node ends, in favour of that."""
+    folder, [task] = launch(*LONG, "train.steps=30000")
+    wait_for_steps(folder, task)
+    lost = status(folder, task).host
+    [slurmd] = [pid for pid, name in slurm_cluster.running(lost).items() if name == "slurmd"]
+    os.kill(slurmd, signal.SIGKILL)
+    try:
+        wait_for(lambda: status(folder, task).attempt == 2, 150, "the second attempt")
+        assert status(folder, task).host != lost
+        assert "this job was started again elsewhere: this attempt ends" in log(folder)
+        wait_for(lambda: "continuing from step" in log(folder), 60, "it to go on")
+    finally:
+        slurm_cluster.start(lost, "slurmd", "-D", "-N", lost)
+        slurm.run("scancel", "--name", folder.launch_id)
+
+
+def test_a_controller_that_is_down_is_asked_again(launch: Launch) -> None:
+    folder, [task] = launch(*HALF_A_MINUTE)
+    wait_for_steps(folder, task)
+    [controller] = [p for p, name in slurm_cluster.running("ctl").items() if name == "slurmctld"]
+    os.kill(controller, signal.SIGKILL)
+    try:
+        os.kill(pid_of_rank(folder, 0), signal.SIGUSR2)
+        wait_for(lambda: "Unable to contact" in log(folder), 90, "the first try")
+        assert status(folder, task).state == "stopped"
+    finally:
+        slurm_cluster.start("ctl", "slurmctld", "-D")
+    wait_for(lambda: status(folder, task).attempt == 2, 120, "the second attempt")
+    wait_until(folder, task, "finished", 240)
 
 
 def pid_of_rank(folder: LaunchDir, rank: int) -> int:
@@ -189,8 +237,9 @@ def test_a_rank_that_fails_ends_the_others_with_its_error(
     folder, [task] = launch("dp=4", "cluster.nodes=2", "cluster.gpus_per_node=2", loss)
     wait_for_steps(folder, task)
     [job] = ledger.latest_jobs(folder).values()
-    wait_for(lambda: slurm.state(job) == "FAILED", 60, "the job to end")
+    wait_for(lambda: slurm.state(job) == "FAILED", 150, "the job to fail of the same twice")
     wait_until(folder, task, "failed")
+    assert status(folder, task).attempt == 2
     first = r"rank 3 on node\d failed first: ArithmeticError: rank 3 has had enough"
     wait_for(lambda: re.search(first, log(folder)) is not None, 60, "rank 0 to say why")
     wait_for(lambda: status(folder, task).step == 12, 10, "the step that was reached")

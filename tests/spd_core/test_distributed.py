@@ -93,7 +93,7 @@ def uneven_step(config, dist):
 def stopping_run(config, dist, folder):
     """Only the last rank is asked to stop, after three steps; all must."""
     last = dist.rank == dist.world_size - 1
-    return train(config, RunDir(folder), dist, lambda step: last and step >= 3)
+    return train(config, RunDir(folder), dist, lambda step, _values: last and step >= 3)
 
 
 def rank_main(rank, world, port, configs, run_config, folder, queue):
@@ -174,9 +174,9 @@ def test_ranks_compute_what_one_process_computes(world, make_config, make_run_di
             assert step["uneven"]["sources"] == answers[0][0][name]["uneven"]["sources"]
     # A run that several ranks began is continued by one, and is the run of one process.
     assert newest_valid_checkpoint(run_dir)[1] == 3
-    train(run_config, run_dir, one_process, lambda _step: False)
+    train(run_config, run_dir, one_process, lambda _step, _values: False)
     alone = make_run_dir("alone")
-    train(run_config, alone, one_process, lambda _step: False)
+    train(run_config, alone, one_process, lambda _step, _values: False)
     for got, wanted in zip(read_metrics(run_dir), read_metrics(alone), strict=True):
         timed = {k for k in wanted if k in ("time", "examples_per_s") or "cost" in k}
         for key in wanted.keys() - timed:

@@ -77,7 +77,7 @@ def config_of(*overrides) -> RunConfig:
 def trained(make_run_dir, one_process):
     def train_(*overrides, name="run"):
         run_dir, config = make_run_dir(name), config_of(*overrides)
-        train(config, run_dir, one_process, lambda _step: False)
+        train(config, run_dir, one_process, lambda _step, _values: False)
         return config, run_dir, read_metrics(run_dir)
 
     return train_
@@ -129,7 +129,7 @@ def test_a_stop_changes_nothing(trained, make_run_dir, one_process):
     config, _, whole = trained()
     run_dir = make_run_dir("stopped")
     for stop in (True, True, False):
-        train(config, run_dir, one_process, lambda _step, stop=stop: stop)
+        train(config, run_dir, one_process, lambda _step, _values, stop=stop: stop)
     for one, other in zip(whole, read_metrics(run_dir), strict=True):
         untimed = {k for k in one if k not in ("time", "examples_per_s") and "cost" not in k}
         assert {k: one[k] for k in untimed} == {k: other[k] for k in untimed}

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from rich.console import Console
@@ -6,27 +10,27 @@ from safetensors.torch import load_file
 from spd_core.checkpoint import checkpoint_steps, newest_valid_checkpoint
 from spd_core.config.metrics import MetricsConfig
 from spd_core.data.batches import Decomposition, make_batch
-from spd_core.losses.faithfulness import faithfulness
+from spd_core.losses.distance import faithfulness
 from spd_core.randomness import StepRandomness
 from spd_core.run_dir import read_metrics, write_atomic
 from spd_core.step import accumulate_gradients, coefficients, optimisation_step
 from spd_core.train import build_model, build_optimizer, faithfulness_warm_up, train
 
-VOLATILE = ("time", "examples_per_s", "eval_cost/")
+VOLATILE = ("time", "examples_per_s", "eval_cost/", "checkpoint_cost_s")
 
 
-def never(_step):
+def never(_step, _values):
     return False
 
 
 def stop_after(n_steps):
     """After so many more steps, wherever the run starts."""
     asked = iter(range(1, 1000))
-    return lambda _step: next(asked) >= n_steps
+    return lambda _step, _values: next(asked) >= n_steps
 
 
 def crash_after(n_steps):
-    def ask(step):
+    def ask(step, _values):
         if step >= n_steps:
             raise KeyboardInterrupt
         return False
@@ -128,6 +132,29 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(start, make
     assert_same_run(whole, run_dir)
 
 
+def test_where_every_checkpoint_is_damaged_a_run_starts_anew(start, make_config):
+    whole, _ = start("whole", make_config())
+    run_dir, _ = start("damaged", make_config(), stop_after(5))
+    for folder in run_dir.checkpoints.iterdir():
+        write_atomic(folder / "meta.json", "5")
+    start("damaged", make_config())
+    assert_same_run(whole, run_dir)
+    damaged = [f.name for f in run_dir.checkpoints.glob("damaged_*")]
+    assert sorted(damaged) == ["damaged_step_4", "damaged_step_5"]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(start, make_config, monkeypatch):
+    whole, _ = start("whole", make_config())
+    full = OSError("no space left on device")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr("spd_core.checkpoint.save_file", lambda *_: (_ for _ in ()).throw(full))
+        start("full", make_config())
+    run_dir = start.folders["full"]
+    assert checkpoint_steps(run_dir) == [] and metrics(run_dir)[-1]["step"] < 6
+    start("full", make_config())
+    assert_same_run(whole, run_dir)
+
+
 def test_the_ambient_random_state_changes_nothing(start, make_config):
     first, _ = start("first", make_config())
     torch.manual_seed(99)
@@ -183,13 +210,18 @@ def test_evaluation_never_changes_the_weights(overrides, start, make_config):
 
 def test_figures_never_change_the_weights(start, make_config, monkeypatch):
     drawn = []
-    monkeypatch.setattr(
-        "matplotlib.figure.Figure.savefig", lambda _, path, **__: drawn.append(path)
-    )
+
+    def note(_figure, path, **_options):
+        path.touch()
+        drawn.append(path)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", note)
     first, _ = start("first", make_config())
     second, _ = start("second", make_config("eval.slow_every=3", figures=True))
     assert_same_weights(first, second)
-    assert sorted(path.stem for path in drawn) == sorted(FIGURES * 2)
+    assert sorted(path.name.split(".")[1] for path in drawn) == sorted(FIGURES * 2)
+    kept = [path.stem for path in second.figures.rglob("*") if path.is_file()]
+    assert sorted(kept) == sorted(FIGURES * 2)
 
 
 def test_what_is_alive_survives_a_stop(start, make_config):
@@ -219,7 +251,9 @@ DIVERGE = "train.lr={kind:constant,start:1e30,end:1e30,warmup_fraction:0.0}"
 
 
 def test_a_loss_that_is_not_finite_raises(start, make_config):
-    with pytest.raises(FloatingPointError, match="step"):
+    with pytest.raises(
+        FloatingPointError, match=r"step \d+: loss/.* nan.*grad_norm.*last checkpoint"
+    ):
         start("nan", make_config(DIVERGE))
     losses = [r["loss/total"] for r in metrics(start.folders["nan"]) if "loss/total" in r]
     assert losses and all(abs(value) < float("inf") for value in losses)
@@ -235,9 +269,17 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(start, make_config):
 
 def test_after_each_step_all_ranks_are_told_how_many_are_done(start, make_config):
     told = []
-    start("told", make_config(), lambda step: told.append(step) or step == 4)
-    start("told", make_config(), lambda step: told.append(step) or False)
-    assert told == [1, 2, 3, 4, 5, 6]
+    config = make_config("track.log_every=2")
+
+    def tell(step, values):
+        told.append((step, "loss/total" in values, "eval/mmcs/linear1" in values))
+        return len(told) == 4
+
+    start("told", config, tell)
+    start("told", config, tell)
+    assert [step for step, *_ in told] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, losses, _ in told if losses] == [1, 2, 4, 6]
+    assert [step for step, _, metrics in told if metrics] == [3, 6]
 
 
 def test_a_wrong_module_is_an_error(start, make_config):
@@ -339,3 +381,23 @@ def test_warm_up_fits_the_components_and_nothing_else(one_step, make_config):
     faithfulness_warm_up(make_config(warmup), model)
     assert faithfulness(model.components)[0].item() < before / 10
     assert all(torch.equal(a, b) for a, b in zip(ci_fns, model.ci_fn_parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_the_loop_works_without_wandb(make_config, make_run_dir):
+    run_dir, config = make_run_dir("run"), make_config()
+    program = f"""
+import sys, torch
+from pathlib import Path
+sys.modules["wandb"] = None  # whoever imports it gets an ImportError
+from spd_core.config import RunConfig
+from spd_core.distributed import Dist
+from spd_core.run_dir import RunDir
+from spd_core.train import train
+config = RunConfig.model_validate_json({config.model_dump_json()!r})
+run_dir = RunDir(Path({str(run_dir.path)!r}))
+dist = Dist(rank=0, world_size=1, device=torch.device("cpu"))
+assert train(config, run_dir, dist, lambda *_: False) == "finished"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+    assert read_metrics(run_dir)

@@ -147,7 +147,7 @@ def test_ci_l0_of_the_first_training_step(make_config, make_run_dir):
         groups, "eval.metrics.ci_l0.threshold=0.02", "train.microbatch_size=8", "track.log_every=3"
     )
     run_dir = make_run_dir("run")
-    train(config, run_dir, ONE, lambda _step: False)
+    train(config, run_dir, ONE, lambda _step, _values: False)
     model = build_model(config, run_dir.targets, ONE, Console(quiet=True))
     faithfulness_warm_up(config, model)
     batches, n_micro = training_batches(Decomposition(config, model, ONE, None), 0)

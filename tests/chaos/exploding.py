@@ -1,0 +1,34 @@
+"""A loss of nothing, which does on a given step's rank what a file in SPD_CHAOS tells it."""
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from spd_core.component_model import ComponentModel
+from spd_core.data.batches import Batch
+from spd_core.losses.distance import LossParts
+
+
+def loss(model: ComponentModel, batch: Batch, *, used: bool) -> LossParts:  # noqa: ARG001
+    nothing = batch.target_out.sum() * 0
+    order = Path(os.environ["SPD_CHAOS"], f"order-{batch.randomness.part}")
+    if not order.exists():
+        return nothing, 1
+    return _obey(order.read_text(), nothing), 1
+
+
+def _obey(order: str, nothing: Tensor) -> Tensor:
+    match order:
+        case "raise":
+            raise ArithmeticError("told to fail")
+        case "exit":
+            os._exit(3)
+        case "nan":
+            return nothing / 0
+        case "memory":
+            hoard = []
+            while True:
+                hoard.append(bytearray(b"x" * 10_000_000))
+        case _:
+            raise AssertionError(order)

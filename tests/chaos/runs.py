@@ -1,0 +1,200 @@
+"""Small runs of every kind, started as real processes, and what one run must share with another."""
+
+import multiprocessing
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from pathlib import Path
+
+from spd_core.run_dir import RunDir, read_metrics
+from spd_launch.compose import compose
+from spd_launch.freeze import record
+from spd_launch.ledger import LaunchDir, new_launch
+from spd_launch.run_record import read_status
+from spd_launch.snapshot import Snapshot
+from spd_launch.task import STOPPED
+from spd_launch.validate import validate
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+SMALL = (
+    "cluster=local", "train.device=cpu", "train.steps=24", "train.batch_size=32",
+    "train.faithfulness_warmup.steps=3", "eval.every=8", "eval.slow_every=24", "eval.steps=1",
+    "eval.batch_size=32", "checkpoint.every_steps=3", "track.log_every=1",
+    "losses.exploding={path: exploding.loss, coeff: 1.0, used: true}",
+)  # fmt: skip
+TMS = (
+    "+experiment=tms_5-2", "target.steps=150", "target.batch_size=256",
+    "target.lr={kind:constant,start:3e-2,end:3e-2,warmup_fraction:0.0}",
+    "decompose.modules={linear1:6,linear2:6}", "decompose.ci_fn.hidden=[3]",
+)  # fmt: skip
+PGD = "coeff:0.5,init:random,step_size:0.2,n_steps:2"
+SUBSET = "routing:{kind:uniform_k_subset}"
+EVERY_LOSS = (
+    "losses.faithfulness.coeff=1.0",
+    "losses.unmasked_recon.coeff=0.1",
+    "losses.ci_masked_recon.coeff=0.1",
+    f"losses.ci_masked_recon_subset={{coeff:0.1,{SUBSET}}}",
+    "losses.ci_masked_recon_layerwise.coeff=0.1",
+    f"losses.stochastic_recon_subset={{coeff:0.1,{SUBSET}}}",
+    f"losses.pgd_recon={{{PGD},scope:shared_across_batch}}",
+    f"losses.pgd_recon_subset={{{PGD},scope:unique_per_datapoint,{SUBSET}}}",
+    "losses.stochastic_hidden_acts_recon.coeff=0.1",
+)
+NO_FIGURES = tuple(
+    f"eval.metrics.{name}=null"
+    for name in ("ci_histograms", "component_activation_density", "ci_mean_per_component",
+                 "permuted_ci_plots", "uv_plots")
+)  # fmt: skip
+ONE_FIGURE = tuple(override for override in NO_FIGURES if "ci_mean_per_component" not in override)
+TEXT = (
+    "+experiment=ss_gpt2_simple-1L", "data=stories", "size=small", "data.n_documents=300",
+    "data.vocab_size=300", "data.seq_len=16", "target.d_model=16", "target.d_mlp=16",
+    "target.batch_size=4", "target.steps=60", "decompose.ci_fn.hidden=[8]", "train.steps=12",
+    "train.batch_size=8", "eval.every=12", "eval.slow_every=12", "eval.batch_size=8",
+)  # fmt: skip
+CASES: dict[str, tuple[str, ...]] = {
+    "tms with figures": (*TMS, *ONE_FIGURE, "eval.slow_every=8"),
+    "every loss, 2 ranks": (*TMS, *NO_FIGURES, *EVERY_LOSS, "dp=2"),
+    "binomial, microbatches": (
+        *TMS, *NO_FIGURES, *EVERY_LOSS, "decompose.sampling=binomial", "train.microbatch_size=16",
+        "+eval.metrics.alive_components={when:fast,threshold:0.1,n_examples:200}",
+    ),
+    "alive components, 2 ranks": (
+        *TMS, *NO_FIGURES, "dp=2",
+        "+eval.metrics.alive_components={when:fast,threshold:0.1,n_examples:200}",
+    ),
+    "language model and its target, 2 ranks": (*TEXT, *NO_FIGURES, "dp=2"),
+}  # fmt: skip
+TIMED = ("time", "examples_per_s", "tokens_per_s", "eval_cost/", "checkpoint_cost_s")
+
+
+@dataclass
+class Run:
+    """One run in a folder of outputs of its own, worked on by `ranks` at times."""
+
+    case: str
+    launch: LaunchDir
+    run_dir: RunDir
+    dp: int
+    ranks: list[multiprocessing.Process] = field(default_factory=list)
+    attempt: int = 0
+
+    @property
+    def state(self) -> str:
+        status = read_status(self.run_dir)
+        assert status is not None
+        return status.state
+
+    @property
+    def log(self) -> Path:
+        return self.launch.logs / "log.txt"
+
+
+def make_run(case: str, out: Path) -> Run:
+    """Launched as far as can be without starting it."""
+    [composed] = compose([*SMALL, *CASES[case], f"launch.out_dir='{out}'"], multirun=False)
+    plan, launch = new_launch([(composed.overrides, validate(composed.values))])
+    record(launch, plan, Snapshot(ROOT, None, None), [])
+    [task] = plan.tasks
+    return Run(case, launch, launch.run_dir(task.run_id), task.config.dp)
+
+
+def prepare() -> None:
+    """One process has everything imported, and is what the ranks are forked from."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path.insert(0, str(HERE))
+    modules = ["torch", "torch._dynamo", "spd_core.train", "spd_launch.task", "spd_launch.peers",
+               "spd_analysis.report", "spd_core.metrics.figures", "tokenizers"]  # fmt: skip
+    context().set_forkserver_preload(modules)
+
+
+def context() -> multiprocessing.context.ForkServerContext:
+    return multiprocessing.get_context("forkserver")
+
+
+def start(run: Run) -> None:
+    """Start all ranks, as the launcher does, or as Slurm does after a requeue."""
+    run.attempt += 1
+    for order in run.run_dir.path.glob("order-*"):
+        order.unlink()
+    ranks = [context().Process(target=_rank, args=(rank, run)) for rank in range(run.dp)]
+    for rank in ranks:
+        rank.start()
+    run.ranks = ranks
+
+
+def _rank(rank: int, run: Run) -> None:
+    from spd_launch import task
+
+    descriptor = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run.dp)}
+    os.environ |= {"SPD_JOB_ID": f"local-chaos-{run.attempt}", "SPD_CHAOS": str(run.run_dir.path)}
+    sys.argv = ["task", str(run.launch.path), run.run_dir.path.name]
+    sys.exit(task.main())
+
+
+def wait(run: Run, grace_s: float = 5, timeout_s: float = 100) -> list[int]:
+    """The exit code of every rank; minus a signal's number where one was killed by it.
+
+    Where one fails the others have a few seconds to end, and are killed then: Slurm and the
+    launcher do so.
+    """
+    deadline = time.monotonic() + timeout_s
+    while any(rank.is_alive() for rank in run.ranks) and time.monotonic() < deadline:
+        if any(rank.exitcode not in (None, 0, STOPPED) for rank in run.ranks):
+            deadline = min(deadline, time.monotonic() + grace_s)
+        connection.wait([r.sentinel for r in run.ranks if r.is_alive()], timeout=0.5)
+    stuck = [i for i, rank in enumerate(run.ranks) if rank.is_alive()]
+    for rank in run.ranks:
+        rank.kill()
+        rank.join()
+    codes = [rank.exitcode for rank in run.ranks if rank.exitcode is not None]
+    run.ranks = []
+    if stuck and not any(codes[i] not in (0, STOPPED) for i in range(run.dp) if i not in stuck):
+        raise TimeoutError(f"ranks {stuck} of {run.case!r} did not end within {timeout_s:g} s")
+    return codes
+
+
+def differences(run: Run, whole: Run) -> list[str]:
+    """What a run that was broken and continued has otherwise than one that was left alone."""
+    found = []
+    one, other = (_metrics(r) for r in (run, whole))
+    if one != other:
+        steps = ([r["step"] for r in records] for records in (one, other))
+        found.append(f"metrics.jsonl: steps {' and '.join(map(str, steps))}, or their values")
+    one, other = (_files(r) for r in (run, whole))
+    found += [f"{name} is on one side only" for name in sorted(one.keys() ^ other.keys())]
+    found += [
+        f"{name} differs" for name in sorted(one.keys() & other.keys()) if one[name] != other[name]
+    ]
+    return found
+
+
+def _metrics(run: Run) -> list[dict[str, float | int | str]]:
+    return [
+        {key: value for key, value in record.items() if not key.startswith(TIMED)}
+        for record in read_metrics(run.run_dir)
+    ]
+
+
+def _files(run: Run) -> dict[str, bytes]:
+    """Checkpoints, figures and the target, and that there is a report: every byte."""
+    kept = {}
+    for folder in (run.run_dir.checkpoints, run.run_dir.figures, run.run_dir.targets):
+        for file in folder.rglob("*"):
+            place = file.relative_to(folder.parent)
+            litter = any(part.startswith((".", "damaged_")) for part in place.parts)
+            if file.is_file() and not litter and file.suffix != ".lock":
+                kept[str(place)] = file.read_bytes()
+    assert run.run_dir.report_file.exists(), "no report"
+    return kept
+
+
+def steps_saved(run: Run) -> list[int]:
+    names = [p.name for p in run.run_dir.checkpoints.glob("step_*")]
+    return sorted(int(name.removeprefix("step_")) for name in names)
