@@ -10,8 +10,10 @@ from pathlib import Path
 
 from spd_core.run_dir import RunDir, read_metrics
 from spd_launch.compose import compose
-from spd_launch.ledger import LaunchDir, new_launch, record
+from spd_launch.freeze import record
+from spd_launch.ledger import LaunchDir, new_launch
 from spd_launch.run_record import read_status
+from spd_launch.snapshot import Snapshot
 from spd_launch.task import STOPPED
 from spd_launch.validate import validate
 
@@ -95,7 +97,7 @@ def make_run(case: str, out: Path) -> Run:
     """Launched as far as can be without starting it."""
     [composed] = compose([*SMALL, *CASES[case], f"launch.out_dir='{out}'"], multirun=False)
     plan, launch = new_launch([(composed.overrides, validate(composed.values))])
-    record(launch, plan, ROOT, None)
+    record(launch, plan, Snapshot(ROOT, None, None), [])
     [task] = plan.tasks
     return Run(case, launch, launch.run_dir(task.run_id), task.config.dp)
 
