@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from spd_analysis.report import CAPTIONS
+from spd_analysis.page import CAPTIONS
 from spd_analysis.summary import environment, metric_tables, verdict
 from spd_core.config import RunConfig, load_config
 from spd_core.run_dir import RunDir, read_metrics, write_atomic

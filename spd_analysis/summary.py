@@ -29,9 +29,14 @@ def final_metrics(run_dir: RunDir) -> dict[str, float]:
 
 
 def metric_tables(run_dir: RunDir) -> Tables:
-    """The last evaluation: a row per module, one per loss, and a table for each other metric."""
+    """The last evaluation of training, as `tables_of` arranges it."""
+    return tables_of(final_metrics(run_dir))
+
+
+def tables_of(values: dict[str, float]) -> Tables:
+    """An evaluation: a row per module, one per loss, and a table for each other metric."""
     tables: Tables = {"module": {}, "loss": {}}
-    for key, value in final_metrics(run_dir).items():
+    for key, value in values.items():
         match key.split("/"):
             case ["eval", "loss", name] | ["eval", name]:
                 title, row, column = "loss", name, "value"
@@ -98,3 +103,13 @@ def print_summary(run_dir: RunDir) -> None:
 
 def environment(run_dir: RunDir) -> dict[str, object]:
     return json.loads(run_dir.env_file.read_text())
+
+
+def short_names(run_ids: list[str]) -> list[str]:
+    """Run ids without the parts, between hyphens, that all of them begin or end with."""
+    parts = [run_id.split("-") for run_id in run_ids]
+    for end in (0, -1):
+        while min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
+            for part in parts:
+                part.pop(end)
+    return ["-".join(part) for part in parts]

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,11 +44,7 @@ def expand_patterns(
             cannot follow what a module computes.
     """
     patterns = [pattern for pattern, C in c_of.items() if C is not None]
-    paths = [
-        name
-        for name, module in target.named_modules()
-        if is_decomposable(module) and not isinstance(module, Identity)
-    ]
+    paths = [name for name, module in target.named_modules() if is_decomposable(module)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in paths):
             raise ValueError(
@@ -76,7 +71,6 @@ def insert_identities(target: nn.Module, patterns: dict[str, int]) -> dict[str, 
     Raises:
         ValueError: as `expand_patterns`, or the module is an embedding.
     """
-
     inserted = {}
     for name, C in expand_patterns(target, patterns, "decompose.identity_modules").items():
         module = target.get_submodule(name)
@@ -181,7 +175,7 @@ class ComponentModel(nn.Module):
         batch: Float[Tensor, "batch ..."],
         masks: dict[str, MaskInfo],
         cache: Cache | None = None,
-        own_acts: Mapping[str, Float[Tensor, "... C"]] = MappingProxyType({}),
+        own_acts: dict[str, Float[Tensor, "... C"]] | None = None,
     ) -> Float[Tensor, "batch ..."]:
         """The output with the modules of `masks` on their components, the others unchanged.
 
@@ -195,7 +189,7 @@ class ComponentModel(nn.Module):
             info = masks.get(name)
             if info is not None and not first:
                 first.append(x)
-            if name in own_acts and first and x is first[0]:
+            if own_acts and name in own_acts and first and x is first[0]:
                 inner_acts = own_acts[name]
             else:
                 inner_acts = self.components[name].inner_acts(x)

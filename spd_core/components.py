@@ -27,7 +27,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_decomposable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Embedding | Identity) or is_conv1d(module)
+    """Whether a pattern may match it: identities, which are inserted, have names of their own."""
+    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
 
 
 def check_decomposable(where: str, path: str, module: nn.Module) -> None:
@@ -36,7 +37,7 @@ def check_decomposable(where: str, path: str, module: nn.Module) -> None:
     Raises:
         ValueError: it has a forward() of its own, or is an embedding with max_norm.
     """
-    known = (nn.Linear.forward, nn.Embedding.forward, Identity.forward)
+    known = (nn.Linear.forward, nn.Embedding.forward)
     if type(module).forward not in known and not is_conv1d(module):
         raise ValueError(
             f"{where}: {path!r} is a {type(module).__name__}, whose forward() is its own and may "
@@ -71,14 +72,6 @@ class LinearComponents(nn.Module):
         weight = module.weight.detach()
         return weight if isinstance(module, nn.Linear | Identity) else weight.T
 
-    @property
-    def bias(self) -> Float[Tensor, "d_out"] | None:
-        bias = getattr(self._module[0], "bias", None)
-        if bias is None:
-            return None
-        # A bias of half precision would round what is added to it and subtracted again.
-        return bias.detach().to(torch.promote_types(bias.dtype, self.V.dtype))
-
     def inner_acts(
         self, x: Float[Tensor, "... d_in"] | Int[Tensor, "..."]
     ) -> Float[Tensor, "... C"]:
@@ -102,7 +95,10 @@ class LinearComponents(nn.Module):
         No mask means all ones. With y the module's own output on x, the delta term is
         m_d (y - b) - m_d (x V) U, so no dense delta matrix is built.
         """
-        bias = self.bias
+        bias = getattr(self._module[0], "bias", None)
+        if bias is not None:
+            # A bias of half precision would round what is added to it and subtracted again.
+            bias = bias.detach().to(torch.promote_types(bias.dtype, self.V.dtype))
         if delta_mask is None:
             out = (inner_acts if mask is None else inner_acts * mask) @ self.U
             return (out if bias is None else out + bias).to(target_out.dtype)

@@ -12,7 +12,7 @@ from spd_core.run_dir import RunDir
 from spd_core.targets.train_target import load_target
 
 WANDB = re.compile(
-    r"(?:wandb:|https?://[^/]+/)?([\w.-]+)/([\w.-]+)(?:/runs)?/([\w.-]+)(?:/overview)?/?(?:\?.*)?"
+    r"(?:wandb:|https?://[^/]+/)?([\w.-]+/[\w.-]+)(?:/runs)?/([\w.-]+)(?:/overview)?/?(?:\?.*)?"
 )
 
 
@@ -51,19 +51,13 @@ def find_run(reference: str) -> RunDir:
     for folder in (Path(reference), outputs / "runs" / reference):
         if (folder / "config.yaml").is_file():
             return RunDir(folder.absolute())
-    if (wandb_run := wandb_reference(reference)) is not None:
-        return _download(*wandb_run, outputs / "wandb")
+    if match := WANDB.fullmatch(reference):
+        return _download(match[1], match[2], outputs / "wandb")
     raise ValueError(
         f"no run {reference!r}: it is neither a folder with a config.yaml, nor a run id in "
         f"{outputs.absolute() / 'runs'} (set SPD_OUT_DIR to look elsewhere), nor a W&B run "
         "such as entity/project/id or its URL"
     )
-
-
-def wandb_reference(reference: str) -> tuple[str, str] | None:
-    """`entity/project` and the id of a run of W&B, or None where it is no such reference."""
-    match = WANDB.fullmatch(reference)
-    return None if match is None else (f"{match[1]}/{match[2]}", match[3])
 
 
 def _download(project: str, run_id: str, folder: Path) -> RunDir:

@@ -14,8 +14,10 @@ from spd_launch.compose import (
     compose,
     default_cluster,
     experiment_names,
+    sweep_names,
 )
 from spd_launch.errors import LaunchError, exit_with
+from spd_launch.steps import STEPS
 
 USAGE = "python -m spd_launch [-m] +experiment=NAME [key=value ...]"
 EXAMPLES = """examples:
@@ -23,6 +25,7 @@ EXAMPLES = """examples:
   python -m spd_launch +experiment=tms_5-2 cluster=local train.steps=500
   python -m spd_launch +experiment=tms_5-2 cluster=cpu dp=16          2 nodes x 8 tasks
   python -m spd_launch -m +experiment=tms_5-2 seed=0,1,2              three runs, one job array
+  python -m spd_launch +sweep=NAME                            the runs of sweeps/NAME.yaml
   python -m spd_launch +experiment=tms_5-2 launch.dry_run=true        what would be done
   python -m spd_launch +experiment=tms_5-2 launch.goal=target         only train the target
   python -m spd_launch +experiment=tms_5-2 --cfg job                  the composed config
@@ -37,9 +40,9 @@ def main() -> int:
         # Look for a user's own parts where the run will: not in the current folder.
         sys.path[0] = str(PACKAGE_ROOT)
     options = _parser().parse_intermixed_args()
-    if not any(o.lstrip("+").startswith("cluster=") for o in options.overrides):
-        print(f"cluster={default_cluster()}: {_why_default()}", file=sys.stderr)
     composed = compose(options.overrides, options.multirun)
+    if any("cluster" not in run.overrides for run in composed):
+        print(f"cluster={default_cluster()}: {_why_default()}", file=sys.stderr)
     if options.cfg:
         return _show_config(composed)
     return launch(composed)
@@ -47,7 +50,8 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     epilog = "\n\n".join([
-        f"experiments: {', '.join(experiment_names())}\nclusters:    {', '.join(cluster_names())}",
+        f"experiments: {', '.join(experiment_names())}\nclusters:    {', '.join(cluster_names())}\n"
+        f"sweeps:      {', '.join(sweep_names())}",
         EXAMPLES,
     ])  # fmt: skip
     parser = argparse.ArgumentParser(
@@ -80,17 +84,25 @@ def _show_config(composed: list[Composed]) -> int:
 def launch(composed: list[Composed]) -> int:
     """Validate every run, then send all of them or none."""
     from spd_core.targets.store import target_name
+    from spd_launch.done import leave_out_done
+    from spd_launch.freeze import record
     from spd_launch.inputs import check_inputs
-    from spd_launch.ledger import all_or_nothing, new_launch, record, stored_targets
-    from spd_launch.plan import make_plan
+    from spd_launch.ledger import all_or_nothing, new_launch, read_rows, stored_targets
+    from spd_launch.plan import make_plan, step_tasks
     from spd_launch.snapshot import Snapshot, take_snapshot
-    from spd_launch.validate import validate
+    from spd_launch.validate import validate_all
 
-    runs = [(run.overrides, validate(run.values)) for run in composed]
+    runs = validate_all(composed)
     options = runs[0][1].launch
+    runs, done = leave_out_done(runs, print)
+    if not runs:
+        print("nothing to do")
+        return 0
     plan = make_plan(runs, "DRYRUN", "0000", stored_targets(runs))
     if options.dry_run:
-        return _show_plan(plan)
+        from spd_launch.dry_run import show
+
+        return show(plan)
     for config in {target_name(config): config for _, config in runs}.values():
         check_inputs(config)
     _take_targets([config for _, config in runs])
@@ -99,11 +111,13 @@ def launch(composed: list[Composed]) -> int:
         return 0
     plan, folder = new_launch(runs)
     with all_or_nothing(folder, plan):
-        code = Snapshot(PACKAGE_ROOT, None)
+        code = Snapshot(PACKAGE_ROOT, None, None)
         if options.snapshot == "copy":
             code = take_snapshot(PACKAGE_ROOT, folder.code, plan.launch_id, options.out_dir)
-        record(folder, plan, code.python_path, code.commit)
-        return start(folder, plan.tasks, plan.cluster.kind, code.python_path)
+        record(folder, plan, code, done)
+        steps = [row for row in read_rows(folder) if row.goal in STEPS]
+        tasks = plan.tasks + step_tasks(steps, {t.run_id: t.config for t in plan.tasks})
+        return start(folder, tasks, plan.cluster.kind, code.python_path)
 
 
 def _take_targets(configs) -> None:
@@ -127,10 +141,12 @@ def _take_targets(configs) -> None:
 
 def start(folder, tasks, kind: str, python_path: Path) -> int:
     """Run here or submit; says how to follow, resume and cancel."""
+    from spd_launch.plan import in_words
+
     if kind == "local":
         from spd_launch.local import run_here
 
-        print(f"launch {folder.launch_id}: {_count(tasks)} here", flush=True)
+        print(f"launch {folder.launch_id}: {in_words(tasks)} here", flush=True)
         code = run_here(folder, tasks, python_path)
         if code:
             print(f"not finished; continue with: python -m spd_launch.resume {folder.launch_id}")
@@ -139,39 +155,11 @@ def start(folder, tasks, kind: str, python_path: Path) -> int:
 
     jobs = submit(folder, tasks, python_path)
     ids = sorted({job.split("_")[0] for job in jobs.values()}, key=int)
-    print(f"launch  {folder.launch_id}: {_count(tasks)}, job {' '.join(ids)}")
+    print(f"launch  {folder.launch_id}: {in_words(tasks)}, job {' '.join(ids)}")
     print(f"logs    {folder.logs}")
     for verb in ("status", "logs", "resume", "cancel"):
         follow = " -f" if verb == "logs" else ""
         print(f"{verb:8}python -m spd_launch.{verb} {folder.launch_id}{follow}")
-    return 0
-
-
-def _count(tasks) -> str:
-    n_targets = sum(task.config.launch.goal == "target" for task in tasks)
-    parts = [f"{n_targets} target(s)"] if n_targets else []
-    if n_targets < len(tasks):
-        parts.append(f"{len(tasks) - n_targets} run(s)")
-    return " and ".join(parts)
-
-
-def _show_plan(plan) -> int:
-    for array in plan.arrays:
-        place = (
-            "here"
-            if array.cluster.kind == "local"
-            else f"partition {array.cluster.partition or '(default)'}"
-        )
-        print(
-            f"cluster={array.cluster.name}, {place}: {_count(array.tasks)}, each "
-            f"{array.nodes} node(s) x {array.tasks_per_node} process(es), "
-            f"{array.cluster.time_min} min"
-        )
-        for task in array.tasks:
-            typed = " ".join(f"{key}={value}" for key, value in task.overrides.items())
-            after = "" if task.after is None else f"   after {task.after}"
-            print(f"  {task.run_id}   {typed}{after}")
-    print("dry run: nothing written, nothing sent")
     return 0
 
 

@@ -1,9 +1,13 @@
-"""python -m spd_launch.cancel LAUNCH [TASK]: end its jobs; nothing continues them but `resume`."""
+"""python -m spd_launch.cancel LAUNCH [TASK]: end its jobs; nothing continues them but `resume`.
+
+With a run go the steps after it; the name of a step is all of its jobs.
+"""
 
 import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 from spd_launch import ledger, slurm_state
@@ -13,41 +17,43 @@ from spd_launch.observe import Observed, observe, parser
 
 
 def main() -> int:
-    options = parser(__doc__ or "")
-    options.add_argument("task", nargs="?", help="index or part of the run id; default: all")
+    options = parser(__doc__ or "", nargs="one")
+    options.add_argument("task", nargs="?", help="index or part of a run id, or a step; or all")
     given = options.parse_args()
     launch = ledger.find_launch(given.launch, given.out_dir)
-    tasks = ledger.read_tasks(launch)
+    rows = ledger.read_rows(launch)
     if given.task is not None:
-        tasks = [ledger.find_task(tasks, given.task)]
-        if ledger.read_info(launch)["kind"] == "local" and len(ledger.read_tasks(launch)) > 1:
+        if ledger.read_info(launch)["kind"] == "local" and len(rows) > 1:
             raise LaunchError(
                 "runs on this machine go one after another in one process: cancel the whole launch "
                 f"(python -m spd_launch.cancel {launch.launch_id}) and resume the runs you want"
             )
-    rows = [row for row in observe(launch, tasks) if row.state != "finished"]
-    live = [row for row in rows if row.live]
-    ledger.note_jobs(launch, "cancel", {row.task.run_id: row.job_id for row in live})
+        names = {row.name for row in ledger.find_rows(rows, given.task)}
+        rows = [row for row in rows if row.name in names or row.after in names]
+    observed = [row for row in observe(launch, rows) if row.state != "finished"]
+    live = [row for row in observed if row.live]
+    ledger.note_jobs(launch, "cancel", {row.row.name: row.job_id for row in live})
     _end(launch, live)
     # Only now: a run that is being ended still saves, and says that it stopped.
-    for row in observe(launch, [row.task for row in rows]):
+    for row in observe(launch, [row.row for row in observed]):
         if not row.live and row.state not in ("finished", "failed"):
-            ledger.mark(launch.run_dir(row.task.run_id), "cancelled")
+            ledger.mark(launch.folder(row.row), "cancelled")
     print(f"cancelled {len(live)} live run(s) of {launch.launch_id}")
+    print(f"to go on: python -m spd_launch.resume {launch.launch_id}")
     return 0
 
 
-def _end(launch: LaunchDir, rows: list[Observed], timeout_s: float = 120) -> None:
-    """Ask for the end of these runs, and wait for it."""
+def _end(launch: LaunchDir, live: Sequence[Observed], timeout_s: float = 120) -> None:
+    """Ask for the end of these jobs, and wait for it."""
     if ledger.read_info(launch)["kind"] == "local":
         # One process runs them one after another; a second signal would not let it save.
-        for row in {row.job_id: row for row in rows}.values():
+        for row in {row.job_id: row for row in live}.values():
             _end_here(row)
     else:
-        slurm_state.cancel_jobs(sorted({row.job_id for row in rows}))
-    tasks = [row.task for row in rows]
+        slurm_state.cancel_jobs(sorted({row.job_id for row in live}))
+    rows = [row.row for row in live]
     deadline = time.monotonic() + timeout_s
-    while any(row.live for row in observe(launch, tasks)):
+    while any(row.live for row in observe(launch, rows)):
         if time.monotonic() > deadline:
             print(f"they have not ended after {timeout_s:.0f} s")
             return
@@ -56,7 +62,7 @@ def _end(launch: LaunchDir, rows: list[Observed], timeout_s: float = 120) -> Non
 
 def _end_here(row: Observed) -> None:
     if row.where not in ("", socket.gethostname()):
-        raise LaunchError(f"{row.task.run_id} runs on {row.where}: cancel it there")
+        raise LaunchError(f"{row.row.name} runs on {row.where}: cancel it there")
     with suppress(ProcessLookupError):
         os.kill(int(row.job_id.split("-")[-1]), signal.SIGTERM)
 

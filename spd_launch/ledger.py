@@ -1,16 +1,15 @@
 """What was launched, on disk: plain files, each written whole or appended to.
 
 A launch is one execution of one command; a run is one trained thing. `jobs.jsonl` gets a line for
-each submission, local execution and cancellation, so a run's history stays readable.
+each submission, local execution and cancellation, so a run's history stays readable. What only
+looks at a launch reads `tasks.jsonl`, and leaves the runs' configs alone: a thousand take seconds.
 """
 
 import json
 import os
 import secrets
-import shlex
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,17 +19,16 @@ from typing import Any
 
 import yaml
 
-from spd_core.config import config_digest, config_to_yaml, load_config
+from spd_core.config import RunConfig, load_config
 from spd_core.run_dir import RunDir, write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
-from spd_launch.config import JobConfig, run_config
+from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, make_plan, shape
-from spd_launch.run_record import Status, read_status, write_status
+from spd_launch.run_record import ERROR, Status, read_status, write_status
 from spd_launch.snapshot import drop_snapshot
-
-ERROR, CRASHES = "error.txt", "crashes.jsonl"  # in a run's folder
+from spd_launch.steps import STEPS, Row, step_rows
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,12 @@ class LaunchDir:
 
     def run_dir(self, run_id: str) -> RunDir:
         return RunDir(self.path.parent.parent / "runs" / run_id)
+
+    def folder(self, row: Row) -> RunDir:
+        """Where the row's status is: a run has its own folder, a step one of this launch."""
+        return (
+            RunDir(self.path / "then" / row.name) if row.goal in STEPS else self.run_dir(row.name)
+        )
 
 
 def new_launch(runs: Sequence[tuple[dict[str, str], JobConfig]]) -> tuple[LaunchPlan, LaunchDir]:
@@ -129,99 +133,42 @@ def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
         raise
 
 
-def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str | None) -> None:
-    """Write what is launched, and every run's frozen config: all before the first submission.
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted name -> value."""
 
-    A run's folder says what is trained; where and how it runs stands in the launch's own.
-    """
-    info = {
-        "launch_id": plan.launch_id,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(sys.argv),
-        "cwd": str(Path.cwd()),
-        "host": socket.gethostname(),
-        "python": sys.executable,
-        "python_path": str(python_path),
-        "commit": commit,
-        "kind": plan.cluster.kind,
-    }
-    for task in plan.tasks:
-        run_dir = launch.run_dir(task.run_id)
-        write_atomic(run_dir.config_file, config_to_yaml(run_config(task.config)))
-        write_status(run_dir, _pending(task.config))
-    write_atomic(launch.tasks_file, "".join(json.dumps(_row(t)) + "\n" for t in plan.tasks))
-    write_atomic(launch.plan_file, json.dumps(describe(plan), indent=1) + "\n")
-    write_atomic(launch.launch_file, yaml.safe_dump(info, sort_keys=False))
+    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict) and value:
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(config.model_dump(mode="json"), ""))
 
 
-def _row(task: Task) -> dict[str, Any]:
-    return {
-        "index": task.index,
-        "run_id": task.run_id,
-        "overrides": task.overrides,
-        "after": task.after,
-        "digest": config_digest(run_config(task.config)),
-        "cluster": task.config.cluster.model_dump(mode="json"),
-        "launch": task.config.launch.model_dump(mode="json"),
-    }
-
-
-def describe(plan: LaunchPlan) -> dict[str, Any]:
-    """The plan as plain data."""
-    arrays = [
-        {
-            "cluster": array.cluster.name,
-            "nodes": array.nodes,
-            "tasks_per_node": array.tasks_per_node,
-            "goal": array.tasks[0].config.launch.goal,
-            "after": array.tasks[0].after,
-            "runs": [task.run_id for task in array.tasks],
-        }
-        for array in plan.arrays
+def varying(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each config the values that are not the same in all."""
+    missing = object()
+    keys = dict.fromkeys(key for config in configs for key in config)
+    several = [
+        k for k in keys if any(c.get(k, missing) != configs[0].get(k, missing) for c in configs)
     ]
-    return {"launch_id": plan.launch_id, "arrays": arrays}
+    return [{key: config[key] for key in several if key in config} for config in configs]
 
 
-def mark(run_dir: RunDir, state: str) -> None:
-    """Set a run's state from outside; step and attempt stay."""
-    old = read_status(run_dir)
-    assert old is not None, f"no status of {run_dir.path.name}"
-    write_status(run_dir, Status.model_validate({**old.model_dump(), "state": state}))
+def mark(folder: RunDir, state: str) -> None:
+    """Set the state of a run, or a step, from outside; step and attempt stay."""
+    old = read_status(folder)
+    if old is None:  # a step that has not started
+        folder.path.mkdir(parents=True, exist_ok=True)
+        old = pending(1)
+    write_status(folder, Status.model_validate({**old.model_dump(), "state": state}))
 
 
 def mark_failed(run_dir: RunDir, error: BaseException) -> None:
     """Set a run's state to failed, and keep what went wrong for `status`."""
     write_atomic(run_dir.path / ERROR, f"{type(error).__name__}: {error}\n")
     mark(run_dir, "failed")
-
-
-def note_crash(run_dir: RunDir, job_id: str, error: BaseException) -> bool:
-    """Write down at which step a job crashed; whether the run got further than last time."""
-    status, crashes = read_status(run_dir), _crashes(run_dir)
-    assert status is not None, f"no status of {run_dir.path.name}"
-    further = not crashes or status.step > crashes[-1]["step"]
-    crashes.append({
-        "step": status.step, "job_id": job_id, "time": time.time(), "requeued": further,
-        "error": f"{type(error).__name__}: {error}",
-    })  # fmt: skip
-    write_atomic(run_dir.path / CRASHES, "".join(json.dumps(c) + "\n" for c in crashes))
-    return further
-
-
-def n_crash_requeues(run_dir: RunDir, job_id: str) -> int:
-    """How many turns of this job were for crashes, and not for time limits and preemptions."""
-    return sum(c["requeued"] for c in _crashes(run_dir) if c["job_id"] == job_id)
-
-
-def _crashes(run_dir: RunDir) -> list[dict[str, Any]]:
-    file = run_dir.path / CRASHES
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def read_error(run_dir: RunDir) -> str:
-    """What a failed run failed of, in one line; empty where it had no time to say."""
-    file = run_dir.path / ERROR
-    return " ".join(file.read_text().split()) if file.exists() else ""
 
 
 def n_steps(config: JobConfig) -> int:
@@ -232,9 +179,9 @@ def n_steps(config: JobConfig) -> int:
     return config.target.steps
 
 
-def _pending(config: JobConfig) -> Status:
+def pending(steps: int) -> Status:
     return Status(
-        state="pending", step=0, steps=n_steps(config), heartbeat=time.time(),
+        state="pending", step=0, steps=steps, heartbeat=time.time(),
         attempt=0, job_id=None, host="",
     )  # fmt: skip
 
@@ -267,17 +214,46 @@ def read_info(launch: LaunchDir) -> dict[str, Any]:
     return yaml.safe_load(launch.launch_file.read_text())
 
 
-def read_run_ids(launch: LaunchDir) -> list[str]:
-    return [row["run_id"] for row in _rows(launch)]
+def known_jobs(launch: LaunchDir) -> set[str]:
+    """Every job that was ever noted."""
+    if not launch.jobs_file.exists():
+        return set()
+    lines = launch.jobs_file.read_text().splitlines()
+    return {job for line in lines for job in json.loads(line)["jobs"].values()}
+
+
+def read_rows(launch: LaunchDir) -> list[Row]:
+    """The runs of a launch, then the targets that it trains, then the steps that follow."""
+    rows = read_task_rows(launch)
+    return rows + step_rows(read_info(launch)["then"], rows)
+
+
+def read_task_rows(launch: LaunchDir) -> list[Row]:
+    """The runs of a launch, then the targets that it trains."""
+    return [
+        Row(line["index"], line["run_id"], line["overrides"], line["after"], line["goal"],
+            line["target"], line["varies"])
+        for line in _lines(launch)
+    ]  # fmt: skip
+
+
+def _lines(launch: LaunchDir) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in launch.tasks_file.read_text().splitlines()]
 
 
 def read_tasks(launch: LaunchDir) -> list[Task]:
-    """The launch's tasks with their frozen configs.
+    """The launch's runs and targets with their frozen configs; see `load_tasks`."""
+    return load_tasks(launch, read_task_rows(launch))
+
+
+def load_tasks(launch: LaunchDir, rows: Sequence[Row]) -> list[Task]:
+    """These runs and targets with their frozen configs.
 
     Raises:
         LaunchError: a run's folder is gone, or its config is of another version.
     """
-    return [_read_task(launch, row) for row in _rows(launch)]
+    names = {row.name for row in rows}
+    return [_read_task(launch, line) for line in _lines(launch) if line["run_id"] in names]
 
 
 def read_task(launch: LaunchDir, run_id: str) -> Task:
@@ -286,25 +262,24 @@ def read_task(launch: LaunchDir, run_id: str) -> Task:
     Raises:
         LaunchError: as `read_tasks`, or there is no such run.
     """
-    for row in _rows(launch):
-        if row["run_id"] == run_id:
-            return _read_task(launch, row)
+    for line in _lines(launch):
+        if line["run_id"] == run_id:
+            return _read_task(launch, line)
     raise LaunchError(f"no run {run_id!r} in {launch.tasks_file}")
 
 
-def _rows(launch: LaunchDir) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in launch.tasks_file.read_text().splitlines()]
-
-
-def _read_task(launch: LaunchDir, row: dict[str, Any]) -> Task:
-    file = launch.run_dir(row["run_id"]).config_file
+def _read_task(launch: LaunchDir, line: dict[str, Any]) -> Task:
+    file = launch.run_dir(line["run_id"]).config_file
     try:
-        values = dict(load_config(file)) | {key: row[key] for key in ("cluster", "launch")}
+        values = dict(load_config(file)) | {key: line[key] for key in ("cluster", "launch")}
         config = JobConfig.model_validate(values)
     except ValueError as error:
         raise LaunchError(f"{file} cannot be read: {error}") from None
     size = shape(config.cluster, config.dp)
-    return Task(row["index"], row["run_id"], row["overrides"], config, *size, row["after"])
+    return Task(
+        line["index"], line["run_id"], line["overrides"], config, *size, line["after"],
+        line["goal"],
+    )  # fmt: skip
 
 
 def default_out_dir() -> Path:
@@ -341,13 +316,18 @@ def find_launch(name: str, out_dir: Path) -> LaunchDir:
     raise LaunchError(f"no launch {name!r} in {out_dir}{nearest(name, ids)}")
 
 
-def find_task(tasks: Sequence[Task], name: str) -> Task:
-    """The task with this index or this unique part of its run id."""
-    found = [t for t in tasks if name == str(t.index) or name == t.run_id]
-    found = found or [t for t in tasks if name in t.run_id]
+def find_rows(rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows of this step, or the one that `find_row` finds."""
+    return [row for row in rows if row.goal == name and name in STEPS] or [find_row(rows, name)]
+
+
+def find_row(rows: Sequence[Row], name: str) -> Row:
+    """The row with this index, this name, or a unique part of it; first among the runs."""
+    runs = [row for row in rows if row.goal not in STEPS]
+    found = [row for row in rows if name in (str(row.index), row.name)]
+    found = found or [row for row in runs if name in row.name]
+    found = found or [row for row in rows if name in row.name]
     if len(found) == 1:
         return found[0]
     several = f"names {len(found)} runs" if found else "names no run"
-    raise LaunchError(
-        f"{name!r} {several} of this launch{nearest(name, [t.run_id for t in tasks])}"
-    )
+    raise LaunchError(f"{name!r} {several} of this launch{nearest(name, [r.name for r in rows])}")

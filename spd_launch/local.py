@@ -1,4 +1,4 @@
-"""Runs on this machine: dp processes of what Slurm would start, one run after another."""
+"""Runs on this machine: dp processes of what Slurm would start, one task after another."""
 
 import os
 import signal
@@ -11,21 +11,28 @@ from pathlib import Path
 
 from spd_launch.ledger import LaunchDir, note_jobs
 from spd_launch.plan import Task
+from spd_launch.steps import STEPS
 from spd_launch.task import STOPPED, rank_environment
+from spd_launch.then import unmet
 
 
 def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int:
     """Run the tasks; returns 0 if all finished, else the exit code of the first that did not.
 
-    Ctrl-C saves, ends the present run and leaves the others for `resume`.
+    Ctrl-C saves, ends the present run and leaves the others for `resume`. A step whose runs have
+    not finished is left too.
     """
     job_id = f"local-{os.getpid()}"
     note_jobs(launch, "local", {task.run_id: job_id for task in tasks})
     worst = 0
-    with _term_is_interrupt():
+    with term_is_interrupt():
         for task in tasks:
             if len(tasks) > 1:
                 print(f"[{task.index + 1}/{len(tasks)}] {task.run_id}", flush=True)
+            if task.goal in STEPS and (problem := unmet(launch, task.goal, task.after)):
+                print(f"not started: {problem}", flush=True)
+                worst = worst or 1
+                continue
             code = _run_one(launch, task, python_path, job_id)
             if code == STOPPED:
                 return code
@@ -33,11 +40,17 @@ def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int
     return worst
 
 
+def rank_command(launch: LaunchDir, task: Task) -> list[str]:
+    """What each rank of the task runs, here and on Slurm."""
+    module = "spd_launch.then" if task.goal in STEPS else "spd_launch.task"
+    return [sys.executable, "-m", module, str(launch.path), task.run_id]
+
+
 def _run_one(launch: LaunchDir, task: Task, python_path: Path, job_id: str) -> int:
-    dp = task.config.dp
+    dp = task.nodes * task.tasks_per_node
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "spd_launch.task", str(launch.path), task.run_id],
+            rank_command(launch, task),
             env={
                 **os.environ,
                 **rank_environment(task.config.cluster, python_path),
@@ -94,7 +107,8 @@ def _end(ranks: list[subprocess.Popen[bytes]], grace_s: float) -> None:
 
 
 @contextmanager
-def _term_is_interrupt() -> Iterator[None]:
+def term_is_interrupt() -> Iterator[None]:
+    """Who is asked to end ends as by Ctrl-C: with what it has to do first."""
     old = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

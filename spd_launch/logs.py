@@ -7,12 +7,13 @@ from pathlib import Path
 from spd_launch import ledger
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
-from spd_launch.observe import observe, parser
-from spd_launch.plan import Task
+from spd_launch.observe import observe, parser, row_status
+from spd_launch.run_record import read_error
+from spd_launch.steps import STEPS, Row
 
 
 def main() -> int:
-    options = parser(__doc__ or "")
+    options = parser(__doc__ or "", nargs="one")
     options.add_argument("task", nargs="?", help="index or part of the run id; default: all")
     options.add_argument("--rank", type=int, default=0)
     options.add_argument("-f", "--follow", action="store_true", help="until the run has ended")
@@ -20,41 +21,50 @@ def main() -> int:
     launch = ledger.find_launch(given.launch, given.out_dir)
     if ledger.read_info(launch)["kind"] == "local":
         raise LaunchError(f"{launch.launch_id} ran in a terminal, which kept its output")
-    tasks = ledger.read_tasks(launch)
-    n_runs = sum(task.config.launch.goal == "decomposition" for task in tasks)
-    if given.task is None and (n_runs or len(tasks)) > 1 and not given.follow:
-        for task in tasks:
-            print(f"{task.index:4}  {task.run_id}  {log_file(launch, task, given.rank)}")
+    rows, jobs = ledger.read_rows(launch), ledger.latest_jobs(launch)
+    n_runs = sum(row.goal == "decomposition" for row in rows)
+    if given.task is None and (n_runs or len(rows)) > 1 and not given.follow:
+        for row in rows:
+            file = log_file(launch, jobs.get(row.name), given.rank)
+            print(f"{row.index:4}  {row.name}  {file or 'not sent'}")
+        print(f"one of them: python -m spd_launch.logs {launch.launch_id} 0   (-f follows it)")
         return 0
-    task = ledger.find_task(tasks, given.task or "0")
-    if task.after is not None and not log_file(launch, task, given.rank).exists():
-        print("it has not started: first comes its target")
-        _show(launch, ledger.find_task(tasks, task.after), given.rank, given.follow)
-    _show(launch, task, given.rank, given.follow)
+    row = ledger.find_row(rows, given.task or "0")
+    file = log_file(launch, jobs.get(row.name), given.rank)
+    if row.after is not None and (file is None or not file.exists()):
+        print(f"it has not started: first comes its {'run' if row.goal in STEPS else 'target'}")
+        before = ledger.find_row(rows, row.after)
+        _show(launch, before, jobs.get(before.name), given.rank, given.follow)
+    _show(launch, row, jobs.get(row.name), given.rank, given.follow)
     return 0
 
 
-def _show(launch: LaunchDir, task: Task, rank: int, follow: bool) -> None:
-    file = log_file(launch, task, rank)
+def _show(launch: LaunchDir, row: Row, job_id: str | None, rank: int, follow: bool) -> None:
+    """The error first, where it failed: a log is long."""
+    file = log_file(launch, job_id, rank)
+    if file is None:
+        print(f"{row.name} was not sent: python -m spd_launch.resume {launch.launch_id}")
+        return
+    if row_status(launch, row).state == "failed":
+        print(f"{row.name} failed: {read_error(launch.folder(row))}")
     print(f"==> {file} <==", flush=True)
     if follow:
-        _follow(file, launch, task)
+        _follow(file, launch, row)
     elif file.exists():
         sys.stdout.write(file.read_text(errors="replace"))
     else:
-        print("not there yet: the job has not started")
+        print("not there yet: the job has not started, or has no such rank")
 
 
-def log_file(launch: LaunchDir, task: Task, rank: int) -> Path:
-    """The log of the run's last job; attempts of one job append to one file."""
-    job_id = ledger.latest_jobs(launch)[task.run_id]
-    return launch.logs / f"{job_id}_{rank}_log.out"
+def log_file(launch: LaunchDir, job_id: str | None, rank: int) -> Path | None:
+    """The log of a job, to which its attempts append; None where none was sent."""
+    return None if job_id is None else launch.logs / f"{job_id}_{rank}_log.out"
 
 
-def _follow(file: Path, launch: LaunchDir, task: Task) -> None:
+def _follow(file: Path, launch: LaunchDir, row: Row) -> None:
     position = 0
     while True:
-        over = not observe(launch, [task])[0].live
+        over = not observe(launch, [row])[0].live
         if file.exists():
             with open(file, errors="replace") as opened:
                 opened.seek(position)

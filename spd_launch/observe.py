@@ -1,17 +1,19 @@
-"""The state of every run of a launch: squeue for what lives, the run's own file, then sacct."""
+"""The state of every row of a launch: squeue for what lives, its own file, then sacct."""
 
 import argparse
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from spd_launch import ledger, slurm_state
 from spd_launch.ledger import LaunchDir
-from spd_launch.plan import Task
 from spd_launch.run_record import Status, read_status
+from spd_launch.slurm_state import LiveJob
+from spd_launch.steps import STEPS, Row
 
 DONE = ("finished", "failed", "cancelled")
 
@@ -20,7 +22,7 @@ DONE = ("finished", "failed", "cancelled")
 class Observed:
     """`live`: a process or a job works on it or waits to; `state` is for people."""
 
-    task: Task
+    row: Row
     state: str
     live: bool
     job_id: str
@@ -28,44 +30,88 @@ class Observed:
     status: Status
 
 
-def observe(launch: LaunchDir, tasks: Sequence[Task]) -> list[Observed]:
-    """At most one squeue and one sacct call for the whole launch.
+def observe(launch: LaunchDir, rows: Sequence[Row]) -> list[Observed]:
+    """`judge` what Slurm says now: at most one call of squeue and one of sacct.
 
-    "no target": the job that was to train its target ended without one, so Slurm cancelled it.
+    Raises:
+        LaunchError: Slurm does not answer.
     """
-    jobs = ledger.latest_jobs(launch)
+    return judge(launch, rows, ask_slurm(launch))
+
+
+def ask_slurm(launch: LaunchDir) -> dict[str, LiveJob]:
+    """The jobs of the launch in the queue; none of one that runs here."""
     on_slurm = ledger.read_info(launch)["kind"] == "slurm"
-    live = slurm_state.live_jobs(launch.launch_id) if on_slurm else {}
-    statuses = {task.run_id: read_status(launch.run_dir(task.run_id)) for task in tasks}
+    return slurm_state.live_jobs(launch.launch_id) if on_slurm else {}
+
+
+def judge(
+    launch: LaunchDir, rows: Sequence[Row], live: Mapping[str, LiveJob] | None
+) -> list[Observed]:
+    """The state of each row, given the jobs in the queue; from the files alone if that is None.
+
+    "no target", "no run": what it was to come after ended without success, so Slurm cancelled it.
+    "not sent": the launch was interrupted before it.
+    """
+    info, jobs = ledger.read_info(launch), ledger.latest_jobs(launch)
+    if live is None:
+        found = []
+        for row in rows:
+            status, job_id = row_status(launch, row), jobs.get(row.name, "")
+            alive = bool(job_id) and status.state not in DONE
+            found.append(Observed(row, status.state, alive, job_id, status.host, status))
+        return found
+    on_slurm = info["kind"] == "slurm"
+    statuses = {row.name: row_status(launch, row) for row in rows}
     lost = [
-        jobs[run_id]
-        for run_id, status in statuses.items()
-        if on_slurm and run_id in jobs and jobs[run_id] not in live
-        and status is not None and status.state not in DONE
+        jobs[row.name]
+        for row in rows
+        if on_slurm and row.name in jobs and jobs[row.name] not in live
+        and statuses[row.name].state not in DONE
     ]  # fmt: skip
     ended = slurm_state.ended_jobs(lost)
-    rows = []
-    for task in tasks:
-        status = statuses[task.run_id]
-        assert status is not None, f"no status of {task.run_id}"
-        job_id = jobs.get(task.run_id, "")
+
+    def given_up(row: Row) -> bool:
+        """Whether it never started, and what it comes after is over without success."""
+        before = [] if row.after is None else [row.after]
+        if row.goal in STEPS and row.after is None and info["then_needs"] == "all":
+            before = [other.name for other in rows if other.goal == "decomposition"]
+        states = {name: statuses.get(name) or read_status(launch.run_dir(name)) for name in before}
+        return statuses[row.name].state == "pending" and any(
+            status is not None and status.state != "finished" and jobs.get(name) not in live
+            for name, status in states.items()
+        )
+
+    found = []
+    for row in rows:
+        status, job_id = statuses[row.name], jobs.get(row.name, "")
         job = live.get(job_id)
+        alive = (
+            not on_slurm
+            and bool(job_id)
+            and status.state not in DONE
+            and _lives_here(job_id, status)
+        )
+        where = status.host
         if job is not None:
-            rows.append(Observed(task, job.state.lower(), True, job_id, job.where, status))
-        elif status.state in DONE:
-            rows.append(Observed(task, status.state, False, job_id, status.host, status))
-        elif not on_slurm and _lives_here(job_id, status):
-            rows.append(Observed(task, status.state, True, job_id, status.host, status))
+            state, where = job.state.lower(), job.where
+        elif alive or status.state in (*DONE, "stopped"):
+            state = status.state
+        elif not job_id:
+            state = "not sent"
+        elif given_up(row):
+            state = "no run" if row.goal in STEPS else "no target"
         else:
-            state = ended.get(job_id, "").lower() or "ended"
-            state = status.state if status.state == "stopped" else f"{state}, not finished"
-            if status.state == "pending" and task.after is not None:
-                target = read_status(launch.run_dir(task.after))
-                assert target is not None, f"no status of {task.after}"
-                if target.state != "finished" and jobs.get(task.after) not in live:
-                    state = "no target"
-            rows.append(Observed(task, state, False, job_id, status.host, status))
-    return rows
+            state = f"{ended.get(job_id, '').lower() or 'ended'}, not finished"
+        found.append(Observed(row, state, alive or job is not None, job_id, where, status))
+    return found
+
+
+def row_status(launch: LaunchDir, row: Row) -> Status:
+    """A step has a status once it has started."""
+    status = read_status(launch.folder(row))
+    assert status is not None or row.goal in STEPS, f"no status of {row.name}"
+    return status or ledger.pending(1)
 
 
 def _lives_here(job_id: str, status: Status) -> bool:
@@ -87,13 +133,24 @@ def _answers(pid: int) -> bool:
     return True
 
 
-def parser(description: str, launch_required: bool = True) -> argparse.ArgumentParser:
-    """What the commands about a launch have in common."""
-    result = argparse.ArgumentParser(description=description)
-    nargs = None if launch_required else "?"
-    result.add_argument(
-        "launch", nargs=nargs, help="a launch id, a unique part of one, or `latest`"
+LAUNCH_HELP = (
+    "a launch: its id, a unique part of that, its launch.name, or `latest`; or a run of one: its "
+    "id, or its name in runs.yaml"
+)
+
+
+def parser(description: str, nargs: Literal["one", "?", "+"]) -> argparse.ArgumentParser:
+    """What the commands about launches have in common."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    match nargs:
+        case "one":
+            result.add_argument("launch", help=LAUNCH_HELP)
+        case "?":
+            result.add_argument("launch", nargs="?", help=LAUNCH_HELP)
+        case "+":
+            result.add_argument("launches", nargs="+", metavar="launch", help=LAUNCH_HELP)
     result.add_argument(
         "--out-dir",
         type=lambda text: Path(text).expanduser().absolute(),

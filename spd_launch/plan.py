@@ -6,26 +6,32 @@ and come after the same target share one job array. Names never depend on a plac
 a resumed run keeps its own.
 """
 
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from spd_core.config import config_digest
 from spd_core.targets.config import TransformerTargetConfig
 from spd_core.targets.store import target_name
 from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError
+from spd_launch.steps import Row
 
-MAX_NAME = 100
+MAX_NAME = 100  # of a run, without the suffix
+MAX_VALUE = 24
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run: a whole job or one element of an array, with `nodes` x `tasks_per_node` ranks.
+    """A whole job or one element of an array, with `nodes` x `tasks_per_node` ranks.
 
-    `config.launch.goal` says whether it is a decomposition or the training of a target; `after` is
-    the run id of the task that puts its target into the store first.
+    `goal` is decomposition, target (the training of one), or the step that it is of those that
+    follow the runs. `after` is the run id of the task that comes first: the one that puts the
+    target of a decomposition into the store, or the run that a step looks at. A step's `run_id` is
+    its name, and its config that of its run, or of the first run.
     """
 
     index: int
@@ -35,6 +41,7 @@ class Task:
     nodes: int
     tasks_per_node: int
     after: str | None
+    goal: str
 
 
 @dataclass(frozen=True)
@@ -85,14 +92,15 @@ def make_plan(
     ]
     named += [(ids[name], {}, config, None) for name, config in targets.items()]
     tasks = [
-        Task(index, run_id, overrides, config, *shape(config.cluster, config.dp), after)
-        for index, (run_id, overrides, config, after) in enumerate(named)
+        Task(i, run_id, overrides, config, *shape(config.cluster, config.dp), after, goal)
+        for i, (run_id, overrides, config, after) in enumerate(named)
+        for goal in [config.launch.goal]
     ]
     kinds = {config.cluster.kind for _, config in runs}
     if len(kinds) > 1:
         raise LaunchError("one launch runs either here or on Slurm: cluster=local must stand alone")
-    first = runs[0][1]
-    name = clean(first.launch.name or first.experiment)
+    overrides, first = runs[0]
+    name = clean(first.launch.name or overrides.get("sweep") or first.experiment)[:MAX_NAME]
     return LaunchPlan(f"{stamp}-{name}-{suffix}", group(tasks))
 
 
@@ -129,14 +137,71 @@ def _target_run(config: JobConfig) -> JobConfig:
 def group(tasks: Sequence[Task]) -> tuple[Array, ...]:
     """Arrays, those of targets first; all tasks of a Slurm array share request and dependency."""
     groups: dict[tuple[str, str, int, int, str | None], list[Task]] = {}
-    for task in sorted(tasks, key=lambda t: t.config.launch.goal == "decomposition"):
-        goal, digest = task.config.launch.goal, config_digest(task.config.cluster)
-        key = (goal, digest, task.nodes, task.tasks_per_node, task.after)
+    for task in sorted(tasks, key=lambda t: t.goal == "decomposition"):
+        digest = config_digest(task.config.cluster)
+        key = (task.goal, digest, task.nodes, task.tasks_per_node, task.after)
         groups.setdefault(key, []).append(task)
     return tuple(
         Array(g[0].config.cluster, g[0].nodes, g[0].tasks_per_node, tuple(g))
         for g in groups.values()
     )
+
+
+def in_words(tasks: Sequence[Task]) -> str:
+    """How many targets, runs and steps these are."""
+    n = Counter({"target": "target", "decomposition": "run"}.get(t.goal, "step") for t in tasks)
+    parts = [f"{n[kind]} {kind}(s)" for kind in ("target", "run", "step") if n[kind]]
+    return " and ".join(parts)
+
+
+def step_tasks(rows: Sequence[Row], configs: Mapping[str, JobConfig]) -> list[Task]:
+    """Steps as tasks of one process; `configs` has those of their runs, and first the first's."""
+    return [
+        Task(row.index, row.name, {}, config, 1, 1, row.after, row.goal)
+        for row in rows
+        for config in [configs[row.after or next(iter(configs))]]
+    ]
+
+
+def step_arrays(
+    tasks: Sequence[Task],
+    ends: Mapping[str | None, str],
+    sent: Collection[str],
+    needs: Literal["all", "any"],
+) -> list[tuple[Array, str | None]]:
+    """The tasks of one step as arrays, each with its dependency in Slurm's words.
+
+    `ends` holds the job that each run's chain ends with so far, by run id, and under None the last
+    step of the whole launch; what is over is absent. Of these, `sent` are sent with this step. A
+    step of a run waits for its run, element by element where those are an array (aftercorr); a
+    step of the launch waits for all of them.
+    """
+    word = {"all": "afterok", "any": "afterany"}[needs]
+    last = [f"{word}:{ends[None]}"] if None in ends else []
+    found: list[tuple[Array, list[str]]] = []
+    groups: dict[tuple[str, str], list[Task]] = {}
+    for task in tasks:
+        array = ends.get(task.after, "").split("_")[0] if task.after is not None else ""
+        groups.setdefault((array, config_digest(task.config.cluster)), []).append(task)
+    for (array, _), members in groups.items():
+        before = [ends[task.after] for task in members if task.after in ends]
+        if members[0].after is None:
+            ids = dict.fromkeys(job.split("_")[0] if job in sent else job for job in ends.values())
+            found.append((_of_one_process(members), [f"{word}:{':'.join(ids)}"] if ids else []))
+        elif not before:
+            found.append((_of_one_process(members), last))
+        elif before == [f"{array}_{i}" for i in range(len(members))]:
+            found.append((_of_one_process(members), [f"aftercorr:{array}", *last]))
+        else:
+            found += [
+                (_of_one_process([task]), [f"afterok:{job}", *last])
+                for task, job in zip(members, before, strict=True)
+            ]
+    return [(array, ",".join(dependency) or None) for array, dependency in found]
+
+
+def _of_one_process(tasks: Sequence[Task]) -> Array:
+    return Array(tasks[0].config.cluster, 1, 1, tuple(tasks))
 
 
 def shape(cluster: ClusterConfig, dp: int) -> tuple[int, int]:
@@ -164,38 +229,61 @@ def shape(cluster: ClusterConfig, dp: int) -> tuple[int, int]:
 
 
 def run_ids(runs: Sequence[tuple[dict[str, str], JobConfig]], suffix: str) -> list[str]:
-    """A name for each run: experiment, seed, the overrides that vary, the launch's suffix."""
+    """A name for each run: experiment, seed, what varies within the experiment, the suffix.
+
+    Where names are long, or meet, a digest of the config takes the place of their end.
+
+    Raises:
+        LaunchError: two runs have the same config.
+    """
+    labels: dict[str, dict[str, str]] = {}
+    for experiment in {config.experiment for _, config in runs}:
+        labels[experiment] = _varying([o for o, c in runs if c.experiment == experiment])
     names = []
-    varying = _varying([overrides for overrides, _ in runs])
     for overrides, config in runs:
+        varying = labels[config.experiment]
         parts = [config.experiment, f"seed{config.seed}"]
-        parts += [f"{label}{overrides.get(key, '')}" for key, label in varying.items()]
+        parts += [label + _short(overrides[k]) for k, label in varying.items() if k in overrides]
         names.append(clean("-".join(parts)))
-    # Cut or cleaned names may meet; equal configs must not.
-    counts = Counter(names)
-    digests = [config_digest(config)[:6] for _, config in runs]
-    names = [n if counts[n] == 1 else f"{n}-{d}" for n, d in zip(names, digests, strict=True)]
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise LaunchError(f"{count} runs of this launch are the same: {name}")
-    return [f"{name}-{suffix}" for name in names]
+    digests = [config_digest(config) for _, config in runs]
+    for (overrides, _), count in zip(runs, map(Counter(digests).get, digests), strict=True):
+        if count != 1:
+            shown = " ".join(f"{key}={value}" for key, value in overrides.items())
+            raise LaunchError(f"{count} runs of this launch are the same: {shown}")
+    counts = Counter(name.lower() for name in names)  # a file system may not see the difference
+    return [
+        f"{name}-{suffix}"
+        if counts[name.lower()] == 1 and len(name) <= MAX_NAME
+        else f"{name[: MAX_NAME - len(digest) - 1]}-{digest}-{suffix}"
+        for name, digest in zip(names, digests, strict=True)
+    ]
 
 
 def _varying(all_overrides: Sequence[dict[str, str]]) -> dict[str, str]:
-    """key -> short label, for the overrides that are not the same in all runs."""
+    """key -> the shortest ending that no other key has, for those not the same in all runs."""
     keys = dict.fromkeys(key for overrides in all_overrides for key in overrides)
-    varying = [
-        key
+    varying = {
+        key: re.findall(r"[^.\[\]]+", key)
         for key in keys
         if key not in ("experiment", "seed") and len({o.get(key) for o in all_overrides}) > 1
-    ]
-    last = Counter(key.split(".")[-1] for key in varying)
-    return {
-        key: ".".join(key.split(".")[-1 if last[key.split(".")[-1]] == 1 else -2 :])
-        for key in varying
     }
+    labels = {}
+    for key, path in varying.items():
+        others = [other for other in varying.values() if other != path]
+        n = next(n for n in range(1, len(path) + 2) if path[-n:] not in [o[-n:] for o in others])
+        labels[key] = ".".join(path[-n:])
+    return labels
+
+
+def _short(value: str) -> str:
+    """A value for a name: numbers join their key, words are set off, the longest become digests."""
+    if re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value):
+        return re.sub(r"e([-+])0+", r"e\1", value) if len(value) < 10 else f"{float(value):.4g}"
+    word = clean(value.split("/")[-1])
+    long = len(word) > MAX_VALUE
+    return "_" + (hashlib.sha256(value.encode()).hexdigest()[:6] if long else word)
 
 
 def clean(name: str) -> str:
     """A name that is safe in a shell, a file system and Slurm."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:MAX_NAME].strip("-._") or "run"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("-._") or "run"

@@ -8,53 +8,102 @@ import io
 import os
 import re
 import shlex
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spd_launch import slurm_state, task
+from spd_core.config import config_digest
+from spd_launch import slurm_state, task, then
 from spd_launch.compose import template_folders
 from spd_launch.config import ClusterConfig
 from spd_launch.errors import LaunchError, nearest
-from spd_launch.ledger import LaunchDir, latest_jobs, note_jobs
-from spd_launch.plan import Array, Task, group
+from spd_launch.ledger import LaunchDir, latest_jobs, note_jobs, read_rows
+from spd_launch.local import term_is_interrupt
+from spd_launch.plan import Array, Task, group, step_arrays
+from spd_launch.steps import STEPS, Row
 
 # A rank that dies ends its peers, which would wait for it in a collective for ever.
 SRUN = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append", "--export=ALL"]
 
 
 def submit(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> dict[str, str]:
-    """Send the tasks, targets first; returns run id -> job id.
+    """Send the tasks: targets, then runs, then steps; returns run id -> job id.
 
     A decomposition starts when the job that trains its target has succeeded, and is cancelled by
-    Slurm when that job has failed.
+    Slurm when that job has failed. So is a step, with the runs that it needs.
 
     Raises:
         LaunchError: Slurm refused; its own words, with nothing left in the queue.
     """
-    for array in group(tasks):
-        _copy_setup(launch, array.cluster)
+    for cluster in {config_digest(t.config.cluster): t.config.cluster for t in tasks}.values():
+        _copy_setup(launch, cluster)
     before = set(slurm_state.live_jobs(launch.launch_id))
-    # When a launch is resumed, its targets may be done, or still in training.
+    # When a launch is resumed, its targets and other runs may be done, or still at work.
     live = {run_id: job for run_id, job in latest_jobs(launch).items() if job in before}
-    jobs: dict[str, str] = {}
+    limit = slurm_state.array_limit() if len(tasks) > 1 else 1
+
+    def send(array: Array, n_arrays: int, dependency: str | None) -> dict[str, str]:
+        return _send(launch, array, python_path, n_arrays, dependency)
+
+    with term_is_interrupt(), _outside_of_jobs():
+        try:
+            return send_all(tasks, read_rows(launch), limit, live, send)
+        except BaseException as error:
+            _take_back(launch, before, error)
+            raise
+
+
+def _take_back(launch: LaunchDir, before: set[str], error: BaseException) -> None:
+    """Cancel what a launch that was refused or interrupted had sent already, and say so."""
+    again = f"python -m spd_launch.cancel {launch.launch_id}"
     try:
-        chunks = split(group(tasks), slurm_state.array_limit() if len(tasks) > 1 else 1)
-        goals = Counter(chunk.tasks[0].config.launch.goal for chunk in chunks)
-        with _outside_of_jobs():
-            for chunk in chunks:
-                first = chunk.tasks[0]
-                after = (live | jobs).get(first.after) if first.after else None
-                at_once = goals[first.config.launch.goal]
-                sent = _send(launch, chunk, python_path, at_once, after)
-                note_jobs(launch, "submit", sent)
-                jobs |= sent
-    except BaseException:
-        slurm_state.cancel_jobs(sorted(set(slurm_state.live_jobs(launch.launch_id)) - before))
-        raise
+        sent = sorted(set(slurm_state.live_jobs(launch.launch_id)) - before)
+        slurm_state.cancel_jobs(sent)
+    except LaunchError as problem:
+        raise LaunchError(
+            f"{error or 'interrupted'}\n       What was sent before could not be cancelled: "
+            f"{problem}\n       When Slurm answers again: {again}"
+        ) from None
+    if sent:
+        print(f"not sent whole: the {len(sent)} job(s) sent before are cancelled", file=sys.stderr)
+
+
+def send_all(
+    tasks: Sequence[Task],
+    rows: Sequence[Row],
+    limit: int,
+    live: dict[str, str],
+    send: Callable[[Array, int, str | None], dict[str, str]],
+) -> dict[str, str]:
+    """Call `send` for array after array: targets, runs, then the steps in their order.
+
+    `send` takes an array of at most `limit` tasks, how many arrays share `max_parallel`, and the
+    dependency in Slurm's words; it returns run id -> job id, and so does this for all of them.
+    `rows` are all of the launch, `live` the jobs that were sent before and are not over.
+    """
+    jobs: dict[str, str] = {}
+    chunks = split(group([task for task in tasks if task.goal not in STEPS]), limit)
+    goals = Counter(chunk.tasks[0].goal for chunk in chunks)
+    for chunk in chunks:
+        first = chunk.tasks[0]
+        after = (live | jobs).get(first.after) if first.after else None
+        jobs |= send(chunk, goals[first.goal], None if after is None else f"afterok:{after}")
+
+    names = {row.name for row in rows if row.goal == "decomposition"}
+    # What every run's chain ends with so far, and (None) the last step of the whole launch.
+    ends: dict[str | None, str] = {n: job for n, job in (live | jobs).items() if n in names}
+    options = tasks[0].config.launch
+    for step in options.then:
+        mine = [task for task in tasks if task.goal == step]
+        for array, dependency in step_arrays(mine, ends, jobs.values(), options.then_needs):
+            for chunk in split([array], limit):
+                jobs |= send(chunk, 1, dependency)
+        steps = [row for row in rows if row.goal == step]
+        ends |= {row.after: job for row in steps if (job := (live | jobs).get(row.name))}
     return jobs
 
 
@@ -68,27 +117,50 @@ def split(arrays: Sequence[Array], limit: int) -> list[Array]:
 
 
 def _send(
-    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, after: str | None
+    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, dependency: str | None
 ) -> dict[str, str]:
+    """Send one array, and note its jobs."""
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
         executor = SlurmExecutor(launch.logs)
-        executor.update_parameters(**job_parameters(launch, array, python_path, n_arrays, after))
+        executor.update_parameters(
+            **job_parameters(launch, array, python_path, n_arrays, dependency)
+        )
+        names = [t.run_id for t in array.tasks]
         with redirect_stderr(io.StringIO()):  # submitit prints what it also raises
-            sent = executor.map_array(
-                task.run, [str(launch.path)] * len(array.tasks), [t.run_id for t in array.tasks]
-            )
+            function = then.run if array.tasks[0].goal in STEPS else task.run
+            sent = executor.map_array(function, [str(launch.path)] * len(names), names)
     except (FailedJobError, FailedSubmissionError) as error:
         raise LaunchError(_in_slurms_words(str(error), array.cluster)) from None
-    return {t.run_id: job.job_id for t, job in zip(array.tasks, sent, strict=True)}
+    jobs = {name: job.job_id for name, job in zip(names, sent, strict=True)}
+    note_jobs(launch, "submit", jobs)
+    return jobs
+
+
+def script(
+    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, dependency: str | None
+) -> str:
+    """The script that `_send` would hand to sbatch, written by submitit, also without a Slurm."""
+    from submitit import SlurmExecutor
+
+    class Writer(SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 1
+
+    writer = Writer(launch.logs)
+    writer.update_parameters(**job_parameters(launch, array, python_path, n_arrays, dependency))
+    if len(array.tasks) > 1:
+        writer.parameters["map_count"] = len(array.tasks)
+    return writer._make_submission_file_text(writer._submitit_command_str, "")
 
 
 def job_parameters(
-    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, after: str | None
+    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, dependency: str | None
 ) -> dict[str, Any]:
-    """What submitit puts into the script; `after` is the job that must succeed first.
+    """What submitit puts into the script; `dependency` in Slurm's words, such as afterok:12_3.
 
     The `n_arrays` arrays of one launch that may run at one time share `max_parallel` in equal
     parts, at least one task each.
@@ -97,8 +169,8 @@ def job_parameters(
     n = len(array.tasks)
     parallel = array.tasks[0].config.launch.max_parallel
     further = {k.replace("_", "-"): v for k, v in cluster.sbatch.items() if v is not False}
-    if after is not None:
-        both = filter(None, [f"afterok:{after}", further.get("dependency")])
+    if dependency is not None:
+        both = filter(None, [dependency, further.get("dependency")])
         further |= {"dependency": ",".join(map(str, both)), "kill-on-invalid-dep": "yes"}
     asks_for_gpus = any(key.startswith(("gres", "gpus")) for key in further)
     return {
@@ -145,17 +217,22 @@ def _copy_setup(launch: LaunchDir, cluster: ClusterConfig) -> None:
     """Freeze the profile's shell file: later edits must not reach queued jobs."""
     if cluster.setup is None or _setup_copy(launch, cluster.setup).exists():
         return
-    files = [folder / cluster.setup for folder in template_folders()]
+    found = setup_file(cluster.setup)
+    copy = _setup_copy(launch, cluster.setup)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(found.read_text())
+
+
+def setup_file(name: str) -> Path:
+    """The shell file of slurm_templates/ that `cluster.setup` names."""
+    files = [folder / name for folder in template_folders()]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
         names = [str(f.relative_to(d)) for d in template_folders() for f in d.rglob("*.sh")]
         raise LaunchError(
-            f"cluster.setup={cluster.setup}: no such file in slurm_templates/"
-            f"{nearest(cluster.setup, names)}"
+            f"cluster.setup={name}: no such file in slurm_templates/{nearest(name, names)}"
         )
-    copy = _setup_copy(launch, cluster.setup)
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.write_text(found.read_text())
+    return found
 
 
 @contextmanager

@@ -9,7 +9,6 @@ TERM (preemption, or scancel)      save together, then WAIT to be killed: who ex
                                    a cancelled job must not requeue itself.
 Locally, INT and TERM save and exit with 130.
 A job that crashes is requeued as well, if it got further than at its last crash.
-A job that crashes is requeued as well, if it got further than at its last crash.
 A toy target cannot be saved on its way: it goes on, and starts anew where it is killed.
 """
 
@@ -31,18 +30,10 @@ from rich.console import Console
 from spd_core.run_dir import RunDir, write_atomic
 from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError, exit_with
-from spd_launch.ledger import (
-    LaunchDir,
-    mark,
-    mark_failed,
-    n_crash_requeues,
-    n_steps,
-    note_crash,
-    read_task,
-)
+from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_task
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
 from spd_launch.progress import Heartbeat, StepBar
-from spd_launch.run_record import read_status, write_environment
+from spd_launch.run_record import n_crash_requeues, note_crash, read_status, write_environment
 from spd_launch.upload import uploading
 
 if TYPE_CHECKING:
@@ -124,7 +115,7 @@ def run(launch_dir: str, run_id: str) -> None:
     """
     stop = Stop()
     os.umask(0o002)
-    _check_code()
+    check_code()
     launch = LaunchDir(Path(launch_dir))
     run_dir, config = launch.run_dir(run_id), read_task(launch, run_id).config
     place = place_from_environment(config.cluster.kind)
@@ -312,7 +303,7 @@ def _report(run_dir: RunDir) -> None:
     print_summary(run_dir)
 
 
-def _check_code() -> None:
+def check_code() -> None:
     """The imported packages are the snapshot's, not what lies in another place of sys.path."""
     import spd_core
 

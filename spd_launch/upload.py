@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from spd_core.config import RunConfig, load_config
-from spd_core.run_dir import RunDir
+from spd_core.run_dir import RunDir, write_atomic
 from spd_launch.errors import LaunchError, exit_with
-from spd_launch.run_record import read_status
+from spd_launch.run_record import WANDB_URL, read_status
 
 POLL_S = 1.0
 # Seconds that W&B has in the end; less where a run was told to stop, before its time limit; and
@@ -87,6 +87,8 @@ def upload(config: RunConfig, run_dir: RunDir, from_step: int | None) -> None:
     )
     offline = f"offline, `wandb sync {run.settings.sync_dir}` uploads it"
     print(f"W&B: {offline if run.offline else run.url}", flush=True)
+    if not run.offline:
+        write_atomic(run_dir.path / WANDB_URL, f"{run.url}\n")
     # Offline, W&B does not know what it kept of a run that continues.
     first = (from_step or 0) + 1 if run.offline else run.starting_step
     for record in _records(run_dir.metrics_file, follow=from_step is not None):

@@ -1,5 +1,6 @@
 """Composed values -> JobConfig, with errors that name the field, the value and the nearest name."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -17,8 +18,10 @@ from spd_core.targets.config import (
     TMSTargetConfig,
     TransformerTargetConfig,
 )
+from spd_launch.compose import Composed, as_typed
 from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError, nearest
+from spd_launch.steps import check_steps
 
 LLAMA_MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -42,6 +45,29 @@ def known_modules(target: TargetConfig) -> list[str]:
             return []
 
 
+def validate_all(composed: Sequence[Composed]) -> list[tuple[dict[str, str], JobConfig]]:
+    """Each run's overrides and config; nothing is sent while one run is wrong.
+
+    Raises:
+        LaunchError: as `validate`; of several runs the wrong ones are named by their overrides.
+    """
+    runs, wrong = [], []
+    for run in composed:
+        try:
+            runs.append((run.overrides, validate(run.values)))
+        except LaunchError as error:
+            if len(composed) == 1:
+                raise
+            wrong.append(f"{as_typed(run.overrides)}\n         {error}")
+    if wrong:
+        more = f"\n       and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise LaunchError(
+            f"{len(wrong)} of {len(composed)} runs cannot be, so none was sent:\n       "
+            + "\n       ".join(wrong[:3]) + more
+        )  # fmt: skip
+    return runs
+
+
 def validate(values: dict[str, Any]) -> JobConfig:
     """Check one run before anything is sent.
 
@@ -51,12 +77,9 @@ def validate(values: dict[str, Any]) -> JobConfig:
     try:
         config = JobConfig.model_validate(values)
     except ValidationError as error:
-        lines: dict[str, str] = {}  # a union reports once per member: the first one is enough
-        for details in error.errors(include_url=False):
-            path = _path(details, values)
-            lines.setdefault(".".join(path), _line(details, path))
-        raise LaunchError("\n       ".join(dict.fromkeys(lines.values()))) from None
+        raise LaunchError(problems(error, values, JobConfig)) from None
     _check_modules(config)
+    check_steps(config.launch.then, config.launch.goal)
     try:
         check_parts(config)
     except ValueError as error:
@@ -70,21 +93,29 @@ def validate(values: dict[str, Any]) -> JobConfig:
     return config
 
 
-def _line(details: ErrorDetails, path: list[str]) -> str:
+def problems(error: ValidationError, values: Any, schema: type[BaseModel]) -> str:
+    """What is wrong with values for a schema, one line per wrong field."""
+    lines: dict[str, str] = {}  # a union reports once per member: the first one is enough
+    for details in error.errors(include_url=False):
+        path = _path(details, values)
+        lines.setdefault(".".join(path), _line(details, path, schema))
+    return "\n       ".join(dict.fromkeys(lines.values()))
+
+
+def _line(details: ErrorDetails, path: list[str], schema: type[BaseModel]) -> str:
     name, given = ".".join(path), details["input"]
     if details["type"] == "extra_forbidden":
         parent = ".".join(path[:-1])
         where = f"in {parent}" if parent else "at the top level"
-        return (
-            f"{name}={given}: no field {path[-1]!r} {where}{nearest(path[-1], _names(path[:-1]))}"
-        )
+        valid = nearest(path[-1], _names(path[:-1], schema))
+        return f"{name}={given}: no field {path[-1]!r} {where}{valid}"
     parent = ".".join(path[:-1])
     group = ".".join(path[:-2])
-    named = group in ("losses", "eval.metrics") and path[-2] not in _names(path[:-2])
-    if named and details["type"] == "missing" and "path" not in given:
+    parts = _names(path[:-2], schema) if group in ("losses", "eval.metrics") else set()
+    if parts and path[-2] not in parts and details["type"] == "missing" and "path" not in given:
         kind = "loss" if path[0] == "losses" else "metric"
         return (
-            f"{parent}: no {kind} is named {path[-2]!r}{nearest(path[-2], _names(path[:-2]))}; "
+            f"{parent}: no {kind} is named {path[-2]!r}{nearest(path[-2], parts)}; "
             f"one of your own is {parent}={{path: my_package.my_{kind}, ...}}"
         )
     if details["type"] == "missing" or given == "???":
@@ -109,13 +140,18 @@ def _path(details: ErrorDetails, values: Any) -> list[str]:
     return path
 
 
-def _names(path: list[str]) -> set[str]:
+def _names(path: list[str], schema: type[BaseModel]) -> set[str]:
     """The fields that the schema has at this place."""
-    types: list[Any] = [JobConfig]
+    types: list[Any] = [schema]
     for key in path:
         types = [inner for outer in types for inner in _inside(outer, key)]
     models = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
-    return {name for model in models for name in model.model_fields}
+    return {name for model in models for name in _fields(model)}
+
+
+def _fields(model: type[BaseModel]) -> dict[str, Any]:
+    """The fields by the names that the user writes."""
+    return {f.alias or name: f.annotation for name, f in model.model_fields.items()}
 
 
 def _inside(outer: Any, key: str) -> list[Any]:
@@ -124,8 +160,8 @@ def _inside(outer: Any, key: str) -> list[Any]:
         return _members(get_args(outer)[1])
     if origin is list:
         return _members(get_args(outer)[0])
-    if isinstance(outer, type) and issubclass(outer, BaseModel) and key in outer.model_fields:
-        return _members(outer.model_fields[key].annotation)
+    if isinstance(outer, type) and issubclass(outer, BaseModel) and key in _fields(outer):
+        return _members(_fields(outer)[key])
     return []
 
 

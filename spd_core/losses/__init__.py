@@ -12,8 +12,7 @@ from spd_core.base_config import CustomConfig
 from spd_core.config import losses as options
 from spd_core.data.batches import Batch, Batches, Decomposition
 from spd_core.losses import minimality, pgd
-from spd_core.losses.distance import LossParts
-from spd_core.losses.faithfulness import faithfulness
+from spd_core.losses.distance import LossParts, faithfulness
 from spd_core.losses.recon import Source, hidden_acts_recon, recon
 from spd_core.masks import Routing, Sources
 from spd_core.parts import load_part

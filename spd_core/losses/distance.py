@@ -1,4 +1,4 @@
-"""How far a masked output is from the target's, as (sum, count)."""
+"""How far masked outputs, and V U, are from the target's own, as (sum, count)."""
 
 from typing import Literal
 
@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+
+from spd_core.components import LinearComponents
 
 LossParts = tuple[Float[Tensor, ""], int]
 """A loss as (sum, count): parts of microbatches and ranks add up exactly."""
@@ -22,6 +24,12 @@ def distance(
             log_pred, log_target = _full(pred).log_softmax(-1), _full(target).log_softmax(-1)
             kl = F.kl_div(log_pred, log_target, reduction="sum", log_target=True)
             return kl, target[..., 0].numel()
+
+
+def faithfulness(components: dict[str, LinearComponents]) -> LossParts:
+    """Sum over modules of |W - (V U)^T|^2, over the total weight count."""
+    errors = [c.weight_error().square().sum() for c in components.values()]
+    return torch.stack(errors).sum(), sum(c.weight.numel() for c in components.values())
 
 
 def _full(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

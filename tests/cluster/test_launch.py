@@ -77,7 +77,7 @@ def test_two_nodes_give_the_result_of_one_process(launch: Launch, slurm: Cluster
 
 
 def test_a_multirun_is_one_array(launch: Launch) -> None:
-    folder, tasks = launch("-m", "seed=0,1,2", "launch.max_parallel=2")
+    folder, tasks = launch("-m", "seed=0,1,2", "launch.max_parallel=2", "launch.if_done=rerun")
     jobs = ledger.latest_jobs(folder)
     assert len({job.split("_")[0] for job in jobs.values()}) == 1
     assert sorted(job.split("_")[1] for job in jobs.values()) == ["0", "1", "2"]

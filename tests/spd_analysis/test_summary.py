@@ -3,7 +3,13 @@ import re
 import pytest
 from rich.console import Console
 
-from spd_analysis.summary import final_metrics, format_value, metric_tables, print_summary
+from spd_analysis.summary import (
+    final_metrics,
+    format_value,
+    metric_tables,
+    print_summary,
+    short_names,
+)
 from spd_core.config import config_to_yaml
 from spd_core.run_dir import append_metrics
 from spd_core.targets.train_target import load_or_train_target
@@ -62,3 +68,12 @@ def test_the_summary_names_the_target_with_its_seed_and_loss(run_dir, make_confi
     assert re.search(
         r"target +tms of seed 2, mean squared error \d\.\d\de-0\d", capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("run_ids, short", [
+    (["tms_5-2-seed0-88ce", "tms_5-2-seed1-88ce"], ["seed0", "seed1"]),
+    (["tms_5-2-seed0-88ce", "tms_5-2-seed1-363d"], ["seed0-88ce", "seed1-363d"]),
+    (["a-b", "a-b-c"], ["b", "b-c"]), (["alone-1"], ["1"]), (["a", "b"], ["a", "b"]),
+])  # fmt: skip
+def test_short_names_keep_what_differs(run_ids, short):
+    assert short_names(run_ids) == short

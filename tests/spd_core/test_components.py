@@ -86,8 +86,8 @@ def test_masked_identity_against_dense_matrices(d, n, C, with_delta):
 
 
 def test_what_is_decomposable():
-    yes = (nn.Linear(2, 3), nn.Embedding(2, 3), Identity(2), conv1d(2, 3))
-    no = (nn.LayerNorm(2), nn.Conv1d(2, 3, 1), nn.Identity(), nn.EmbeddingBag(2, 3))
+    yes = (nn.Linear(2, 3), nn.Embedding(2, 3), conv1d(2, 3))
+    no = (nn.LayerNorm(2), nn.Conv1d(2, 3, 1), nn.Identity(), nn.EmbeddingBag(2, 3), Identity(2))
     assert all(map(is_decomposable, yes)) and not any(map(is_decomposable, no))
 
 
@@ -118,7 +118,11 @@ def test_initial_variances_and_what_is_trained():
     assert c.V.std().item() == pytest.approx(200**-0.5, rel=0.05)
     assert c.U.std().item() == pytest.approx(100**-0.5, rel=0.05)
     assert dict(c.named_parameters()).keys() == {"V", "U"}
-    assert not c.weight.requires_grad and not c.bias.requires_grad
+    assert not c.weight.requires_grad
+    linear = nn.Linear(5, 4)
+    c, x = LinearComponents(linear, 7, generator()), torch.randn(9, 5)
+    c(c.inner_acts(x), linear(x).detach(), None, torch.rand(9)).sum().backward()
+    assert c.U.grad is not None and linear.bias.grad is None
 
 
 @pytest.mark.parametrize("make, d_in_first", [

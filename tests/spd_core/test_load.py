@@ -7,7 +7,7 @@ import torch
 import spd_core
 from spd_core.checkpoint import newest_valid_checkpoint
 from spd_core.config import config_to_yaml
-from spd_core.load import find_run, wandb_reference
+from spd_core.load import find_run
 from spd_core.train import train
 from spd_launch.upload import files_to_load
 
@@ -93,8 +93,12 @@ class File:
 
 
 @pytest.mark.parametrize("reference", WANDB_FORMS)
-def test_every_form_of_a_wandb_reference(reference):
-    assert wandb_reference(reference) == ("team/toy", "a_run")
+def test_every_form_of_a_wandb_reference(reference, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("wandb.Api", lambda **_: Files(tmp_path / "nothing", asked))
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path))
+    assert find_run(reference).path == tmp_path / "wandb" / "runs" / "a_run"
+    assert asked == ["team/toy/a_run"]
 
 
 def test_a_wandb_run_is_downloaded_and_loaded(finished, make_config, tmp_path, monkeypatch):

@@ -19,8 +19,7 @@ from spd_core.config.losses import (
 )
 from spd_core.data.batches import Batch, Decomposition, training_batches
 from spd_core.losses import loss_parts, prepare_step
-from spd_core.losses.distance import distance
-from spd_core.losses.faithfulness import faithfulness
+from spd_core.losses.distance import distance, faithfulness
 from spd_core.losses.minimality import importance_minimality, power_sums
 from spd_core.randomness import StepRandomness
 from spd_core.targets.train_target import untrained_target

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from rich.console import Console
@@ -6,7 +10,7 @@ from safetensors.torch import load_file
 from spd_core.checkpoint import checkpoint_steps, newest_valid_checkpoint
 from spd_core.config.metrics import MetricsConfig
 from spd_core.data.batches import Decomposition, make_batch
-from spd_core.losses.faithfulness import faithfulness
+from spd_core.losses.distance import faithfulness
 from spd_core.randomness import StepRandomness
 from spd_core.run_dir import read_metrics, write_atomic
 from spd_core.step import accumulate_gradients, coefficients, optimisation_step

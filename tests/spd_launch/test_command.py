@@ -14,8 +14,10 @@ from launch_configs import config
 from spd_launch import ledger
 from spd_launch.compose import compose
 from spd_launch.errors import LaunchError
-from spd_launch.ledger import find_launch, new_launch, read_tasks, record
-from spd_launch.validate import validate
+from spd_launch.freeze import record
+from spd_launch.ledger import find_launch, new_launch, read_task, read_tasks
+from spd_launch.snapshot import Snapshot
+from spd_launch.validate import validate, validate_all
 
 ROOT = Path(__file__).parent.parent.parent
 LOCAL = ["+experiment=tms_5-2", "cluster=local"]
@@ -41,6 +43,8 @@ BAD = [
     ([*LOCAL, "~decompose.modules.linear2"], "decompose.tied: 'linear2' is not decomposed"),
     ([*LOCAL, "seed=0,1"], "add -m"),
     ([*LOCAL, "a=["], "cannot read the override"),
+    ([*LOCAL, "seed=interval(0,1)"], "names no values to run; .*`random` of a sweep file"),
+    (["experiment=glob(tsm*)", "cluster=local"], r"glob\(tsm\*\)' fits no experiment; did"),
     ([*LOCAL, "target=tmss"], "Could not find 'target/tmss'"),
     (["+experiment=tms_5-2", "cluster=cpu", "cluster.time_min=1"], "cluster.signal_delay_s=60"),
 ]  # fmt: skip
@@ -64,6 +68,53 @@ def test_multirun_is_the_product_of_its_lists() -> None:
         (s, lr) for s in range(3) for lr in (1e-3, 3e-3)
     ]
     assert runs[0].overrides["seed"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("argument", "seeds"),
+    [
+        ("seed=choice(1,4)", [1, 4]),
+        ("seed=range(1,6,2)", [1, 3, 5]),
+        ("seed=sort(3,1,2)", [1, 2, 3]),
+        ("seed=shuffle(range(0,3))", [0, 1, 2]),
+        ("seed=tag(a,choice(5,6))", [5, 6]),
+    ],
+)
+def test_hydras_ways_to_name_values(argument: str, seeds: list[int]) -> None:
+    found = [validate(run.values).seed for run in compose([*LOCAL, argument], multirun=True)]
+    assert (sorted(found) if "shuffle" in argument else found) == seeds
+
+
+def test_a_glob_names_files_of_a_group() -> None:
+    runs = compose(["experiment=glob(tms_*,exclude=*-id)", "cluster=glob([loc*,cp*])"], True)
+    found = [(run.values["experiment"], run.values["cluster"]["name"]) for run in runs]
+    assert found == [(e, c) for e in ("tms_40-10", "tms_5-2") for c in ("cpu", "local")]
+
+
+def test_parts_of_the_config_are_swept_like_numbers() -> None:
+    losses = "losses={stochastic_recon: null},{stochastic_recon_layerwise: null}"
+    modules = "decompose.modules[linear1]=5,6"
+    runs = compose([*LOCAL, losses, modules], multirun=True)
+    found = [validate(run.values) for run in runs]
+    assert [c.losses.stochastic_recon is None for c in found] == [True, True, False, False]
+    assert [c.decompose.modules for c in found] == 2 * [
+        {"linear1": C, "linear2": 20} for C in (5, 6)
+    ]
+    assert runs[0].overrides["decompose.modules[linear1]"] == "5"
+
+
+def test_one_bad_run_of_many_is_named_and_nothing_is_sent(tmp_path: Path) -> None:
+    many = ["seed=range(0,100)", "train.batch_size=64,128,256,512,96", "dp=1,64"]
+    drop = "cluster.gpus_per_node=64"
+    done = run("spd_launch", "-m", *LOCAL, *many, drop, "eval.batch_size=64", out=tmp_path)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert "error: 100 of 1000 runs cannot be, so none was sent:" in done.stderr
+    assert "and 97 more" in done.stderr
+    one = ["seed=range(0,250)", "train.steps=100,0", "eval.batch_size=64", "seed=range(1,2)"]
+    with pytest.raises(
+        LaunchError, match=r"(?s)1 of 2 runs .*seed=1 train\.steps=0 .*train\.steps=0:"
+    ):
+        validate_all(compose([*LOCAL, *one], multirun=True))
 
 
 def test_an_override_reaches_a_field_that_the_yaml_leaves_out() -> None:
@@ -97,7 +148,7 @@ def test_every_profile_is_valid(file: Path) -> None:
 def test_a_launch_on_disk(tmp_path: Path) -> None:
     runs = [({"seed": str(s)}, config(seed=s, launch__out_dir=str(tmp_path))) for s in (0, 1)]
     plan, launch = new_launch(runs)
-    record(launch, plan, ROOT, None)
+    record(launch, plan, Snapshot(ROOT, None, None), [])
     assert {f.name for f in launch.path.iterdir()} == {
         "launch.yaml",
         "plan.json",
@@ -106,6 +157,9 @@ def test_a_launch_on_disk(tmp_path: Path) -> None:
     }
     assert [t.run_id for t in read_tasks(launch)] == [t.run_id for t in plan.tasks]
     assert read_tasks(launch)[1].config == runs[1][1]
+    assert [read_task(launch, t.run_id) for t in plan.tasks] == plan.tasks  # what a rank reads
+    with pytest.raises(LaunchError, match="no run 'another'"):
+        read_task(launch, "another")
     status = json.loads((launch.run_dir(plan.tasks[0].run_id).status_file).read_text())
     assert (status["state"], status["attempt"], status["steps"]) == ("pending", 0, 4)
     for name in ("latest", launch.launch_id[:15], launch.launch_id[-4:]):
@@ -128,9 +182,9 @@ def test_nothing_is_left_of_a_launch_that_failed_before_it_was_sent(tmp_path: Pa
 
 def run(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "SPD_OUT_DIR": str(out)}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    line = [sys.executable, "-m", *arguments]
+    nothing = subprocess.DEVNULL  # no terminal that could be asked
+    return subprocess.run(line, cwd=ROOT, env=env, stdin=nothing, capture_output=True, text=True)
 
 
 def test_commands_end_with_one_message_and_code_2(tmp_path: Path) -> None:

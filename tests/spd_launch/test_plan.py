@@ -9,7 +9,7 @@ from spd_core.targets.store import target_name
 from spd_launch.compose import compose
 from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError
-from spd_launch.ledger import describe
+from spd_launch.freeze import describe
 from spd_launch.plan import clean, group, make_plan, run_ids, shape
 from spd_launch.submit import split
 from spd_launch.validate import validate
@@ -67,13 +67,69 @@ def test_run_ids_show_what_varies() -> None:
     assert run_ids(runs[:1], "ab12") == ["tms_5-2-seed0-ab12"]
 
 
+def test_run_ids_leave_out_what_is_the_same_and_tell_keys_apart() -> None:
+    keys = ["losses.stochastic_recon.coeff", "losses.faithfulness.coeff", "train.lr.start"]
+    rows = [("1", "0.5", "1e-05"), ("2", "0.5", "0.0031622776"), ("2", "0.7", "1e-05")]
+    runs = [
+        (
+            {"experiment": "x", **dict(zip(keys, row, strict=True)), "train.steps": "4"},
+            config(seed=i),
+        )
+        for i, row in enumerate(rows)
+    ]
+    assert run_ids(runs, "ab12") == [
+        "tms_5-2-seed0-stochastic_recon.coeff1-faithfulness.coeff0.5-start1e-5-ab12",
+        "tms_5-2-seed1-stochastic_recon.coeff2-faithfulness.coeff0.5-start0.003162-ab12",
+        "tms_5-2-seed2-stochastic_recon.coeff2-faithfulness.coeff0.7-start1e-5-ab12",
+    ]
+    assert run_ids([(o | {keys[1]: "1"}, c) for o, c in runs], "ab12")[0] == (
+        "tms_5-2-seed0-coeff1-start1e-5-ab12"
+    )
+
+
+def test_run_ids_of_words_parts_and_paths() -> None:
+    values = [
+        "leaky_hard",
+        "/a/long/path/corpus.txt",
+        "{linear1:5}",
+        f"{{x:{'y' * 90}}}",
+        "deleted",
+    ]
+    runs = [({"a.key": value}, config(seed=i)) for i, value in enumerate(values)]
+    ends = [run_id.split("-key")[1] for run_id in run_ids(runs, "ab12")]
+    assert ends[:3] == ["_leaky_hard-ab12", "_corpus.txt-ab12", "_linear1_5-ab12"]
+    assert re.fullmatch("_[0-9a-f]{6}-ab12", ends[3]) and ends[4] == "_deleted-ab12"
+
+
+def test_what_varies_between_experiments_alone_is_not_in_names() -> None:
+    runs = [
+        ({"train.steps": steps}, config(experiment=experiment, seed=seed))
+        for experiment, steps in (("x", "10"), ("y", "20"))
+        for seed in (0, 1)
+    ]
+    assert run_ids(runs, "ab12") == [f"{x}-seed{s}-ab12" for x in "xy" for s in (0, 1)]
+
+
+NUMBERS = st.floats(1e-9, 1e9).map(str) | st.integers(0, 10**12).map(str)
+KEYS = st.sampled_from(["a.coeff", "b.coeff", "c.b.coeff", "coeff", "m[h.*.coeff]", "q"])
+
+
+@given(st.lists(st.dictionaries(KEYS, WORDS | NUMBERS, max_size=6), min_size=1, max_size=8))
+def test_run_ids_are_unique_safe_and_bounded_whatever_is_set(rows: list[dict[str, str]]) -> None:
+    runs = [(row, config(track__log_every=i + 1)) for i, row in enumerate(rows)]
+    ids = run_ids(runs, "3fa9")
+    assert len({run_id.lower() for run_id in ids}) == len(ids)
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*-3fa9", run_id) for run_id in ids)
+    assert all(len(run_id) <= 105 for run_id in ids)
+
+
 def test_ids_do_not_depend_on_order() -> None:
     runs = [({"seed": str(seed)}, config(seed=seed)) for seed in range(4)]
     assert sorted(run_ids(runs, "ab12")) == sorted(run_ids(runs[::-1], "ab12"))
 
 
 def test_equal_runs_are_refused() -> None:
-    with pytest.raises(LaunchError, match="2 runs of this launch are the same"):
+    with pytest.raises(LaunchError, match="2 runs of this launch are the same: seed=0"):
         make_plan([({"seed": "0"}, config()), ({"seed": "0"}, config())], "now", "ab12", STORED)
 
 

@@ -20,10 +20,10 @@ from spd_launch.submit import _copy_setup, _outside_of_jobs, job_parameters
 from spd_launch.task import STOPPED, Stop, place_from_environment
 
 
-def script(folder: Path, *runs: JobConfig, n_arrays: int = 1, after: str | None = None) -> str:
+def script(folder: Path, *runs: JobConfig, n_arrays: int = 1, dependency: str | None = None) -> str:
     plan = make_plan([({"seed": str(i)}, run) for i, run in enumerate(runs)], "now", "ab12", STORED)
     launch = LaunchDir(folder / plan.launch_id)
-    parameters = job_parameters(launch, plan.arrays[0], Path("/the code"), n_arrays, after)
+    parameters = job_parameters(launch, plan.arrays[0], Path("/the code"), n_arrays, dependency)
     return _make_sbatch_string("COMMAND", launch.logs, map_count=len(runs), **parameters)
 
 
@@ -53,10 +53,12 @@ def test_arrays_share_max_parallel(tmp_path: Path) -> None:
 
 
 def test_a_run_after_its_target_is_given_up_where_the_target_fails(tmp_path: Path) -> None:
-    lines = script(tmp_path, config(), after="12_3").splitlines()
+    lines = script(tmp_path, config(), dependency="afterok:12_3").splitlines()
     assert {"#SBATCH --dependency=afterok:12_3", "#SBATCH --kill-on-invalid-dep=yes"} < {*lines}
     own = config(cluster__sbatch={"dependency": "afterany:7"})
-    assert "#SBATCH --dependency=afterok:12_3,afterany:7" in script(tmp_path, own, after="12_3")
+    assert "#SBATCH --dependency=afterok:12_3,afterany:7" in script(
+        tmp_path, own, dependency="afterok:12_3"
+    )
     assert "#SBATCH --dependency=afterany:7" in script(tmp_path, own)
     assert "dependency" not in script(tmp_path, config())
 

@@ -284,7 +284,7 @@ def test_what_fails_is_said_while_the_run_goes_on(run_folder, break_wandb, capfd
             time.sleep(0.1)
             output += capfd.readouterr().out
         the_warning(output, run_dir)
-    assert capfd.readouterr().out == ""
+    assert "W&B failed" not in capfd.readouterr().out  # said once; W&B adds words of its own
 
 
 # ---------------------------------------------------------------- against a small W&B server

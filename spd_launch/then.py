@@ -1,0 +1,99 @@
+"""One step that follows the runs (`launch.then`), in its job or here: what it needs, its command.
+
+    python -m spd_launch.then LAUNCH_FOLDER NAME      NAME as `status` shows it: STEP[-RUN_ID]
+
+A step is started anew where it was preempted, so it needs no checkpoint.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from spd_launch import ledger
+from spd_launch.errors import LaunchError, exit_with
+from spd_launch.ledger import LaunchDir
+from spd_launch.progress import Heartbeat
+from spd_launch.run_record import read_status
+from spd_launch.steps import STEPS, Row
+from spd_launch.task import STOPPED, Stop, check_code, place_from_environment
+
+
+def run(launch_path: str, name: str) -> None:
+    """Run the command of one step.
+
+    Raises:
+        LaunchError: the runs that it needs have not finished, or its command failed.
+    """
+    stop = Stop()
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the time limit is near: no use to a step
+    os.umask(0o002)
+    check_code()
+    launch = LaunchDir(Path(launch_path))
+    row = ledger.find_row(ledger.read_rows(launch), name)
+    place = place_from_environment(ledger.read_info(launch)["kind"])
+    folder = launch.folder(row)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    old = read_status(folder)
+    heartbeat = Heartbeat(folder, 1, 1 + (old.attempt if old else 0), place.job_id)
+    heartbeat.write("running")
+    try:
+        if problem := unmet(launch, row.goal, row.after):
+            raise LaunchError(problem)
+        code, last_line = _command(launch, row)
+        if code and not stop():
+            raise LaunchError(f"code {code}: {last_line}")
+    except LaunchError as error:
+        ledger.mark_failed(folder, error)
+        raise
+    if stop():
+        heartbeat.write("stopped")
+        if place.job_id.startswith("local"):
+            sys.exit(STOPPED)
+        time.sleep(3600)  # who exits now counts as ended, and is not started again by Slurm
+    heartbeat.step = 1
+    heartbeat.write("finished")
+
+
+def unmet(launch: LaunchDir, step: str, run_id: str | None) -> str | None:
+    """Why a step of a run, or (None) of the launch, cannot start yet; None where it can."""
+    runs = [run_id]
+    if run_id is None:
+        runs = [row.name for row in ledger.read_rows(launch) if row.goal == "decomposition"]
+    statuses = [read_status(launch.run_dir(name)) for name in runs if name is not None]
+    n_finished = sum(status is not None and status.state == "finished" for status in statuses)
+    needs = "all" if run_id is not None else ledger.read_info(launch)["then_needs"]
+    if n_finished >= {"all": len(statuses), "any": 1}[needs]:
+        return None
+    return f"{step} needs {needs} of {len(statuses)} run(s), and {n_finished} finished"
+
+
+def _command(launch: LaunchDir, row: Row) -> tuple[int, str]:
+    """Its exit code, and the last line of what it had to complain about."""
+    folder = launch.path if row.after is None else launch.run_dir(row.after).path
+    command = [sys.executable, "-m", STEPS[row.goal].module, str(folder)]
+    print("$ " + " ".join(command), flush=True)
+    env = {**os.environ, "SPD_OUT_DIR": str(launch.path.parent.parent)}
+    last_line = ""
+    with subprocess.Popen(
+        command, env=env, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            last_line = line.strip() or last_line
+    return process.returncode, last_line
+
+
+def main() -> int:
+    if len(sys.argv) != 3:
+        raise LaunchError("usage: python -m spd_launch.then LAUNCH_FOLDER NAME")
+    run(sys.argv[1], sys.argv[2])
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+
+from spd_analysis.launches import (
+    analysis_folder,
+    check_checkpoints,
+    find_launch,
+    find_runs,
+    rewritten,
+    runs_of,
+)
+from spd_core.config import config_to_yaml
+
+
+@pytest.fixture
+def launched(tmp_path, make_config, make_run_dir, monkeypatch):
+    """A launch of runs with these ids, as it is before any of them ran."""
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path))
+
+    def make(launch_id, *run_ids, goal="decomposition"):
+        folder = tmp_path / "launches" / launch_id
+        folder.mkdir(parents=True)
+        for run_id in run_ids:
+            make_run_dir(run_id).config_file.write_text(config_to_yaml(make_config()))
+        plan = {"arrays": [{"goal": goal, "runs": list(run_ids)}]}
+        (folder / "plan.json").write_text(json.dumps(plan))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["20261124-10-tms-aaaa", "20261124-10", "aaaa", "latest"])
+def test_a_launch_is_found_as_status_finds_it(name, launched):
+    launched("20261123-10-tms-bbbb", "old")
+    assert find_launch(name) is None or name == "latest"
+    new = launched("20261124-10-tms-aaaa", "one", "two")
+    assert find_launch(name) == find_launch(str(new)) == new
+    assert [r.path.name for r in find_runs([name])] == ["one", "two"]
+
+
+def test_several_launches_of_one_beginning_are_named(launched):
+    launched("2026-a", "one"), launched("2026-b", "two")
+    with pytest.raises(ValueError, match="'2026' names 2 launches: 2026-a, 2026-b"):
+        find_launch("2026")
+
+
+def test_runs_and_launches_may_be_mixed_and_each_run_counts_once(launched):
+    launched("2026-a", "one", "two")
+    launched("2026-b", "three")
+    found = find_runs(["two", "2026-a", "2026-b", "three"])
+    assert [r.path.name for r in found] == ["two", "one", "three"]
+
+
+def test_what_is_neither_is_refused(launched):
+    launched("2026-a", "one")
+    with pytest.raises(ValueError, match=r"no run 'nothing'"):
+        find_runs(["nothing"])
+
+
+def test_targets_are_no_decompositions(launched):
+    folder = launched("2026-a", "a_target", goal="target")
+    with pytest.raises(ValueError, match="targets only"):
+        runs_of(folder)
+
+
+def test_runs_without_a_checkpoint_are_named_with_the_way_out(launched):
+    launched("2026-a", "one", "two")
+    runs = find_runs(["2026-a"])
+    (runs[1].checkpoints / "step_2").mkdir(parents=True)
+    check_checkpoints(runs[1:])
+    with pytest.raises(ValueError, match=r"runs/one \(not launched\).*resume.*that have one: two"):
+        check_checkpoints(runs)
+
+
+def test_findings_lie_with_the_launch_or_beside_the_runs(launched, tmp_path):
+    folder = launched("2026-a", "one", "two")
+    runs = find_runs(["2026-a"])
+    assert analysis_folder(["2026-a"], runs, "compare") == folder / "analysis" / "compare"
+    assert analysis_folder(["one", "two"], runs, "x") == tmp_path / "analysis" / "x"
+
+
+def test_a_folder_is_rewritten_whole_or_stays(tmp_path):
+    folder = tmp_path / "analysis" / "x"
+    with rewritten(folder) as new:
+        (new / "old.txt").write_text("old")
+    with pytest.raises(RuntimeError), rewritten(folder) as new:
+        (new / "new.txt").write_text("new")
+        raise RuntimeError
+    assert [f.name for f in folder.iterdir()] == ["old.txt"]
+    with rewritten(folder) as new:
+        (new / "new.txt").write_text("new")
+    assert [f.name for f in folder.iterdir()] == ["new.txt"]
+    assert [f.name for f in folder.parent.iterdir()] == ["x"]

@@ -1,0 +1,104 @@
+"""Steps after the runs: what they are called, and which job waits for which."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from launch_configs import config
+
+from spd_launch.errors import LaunchError
+from spd_launch.plan import Task, step_arrays, step_tasks
+from spd_launch.steps import STEPS, Row, check_steps, step_rows
+
+ROOT = Path(__file__).parent.parent.parent
+RUN = config()
+RUNS = [Row(i, f"run{i}", {}, "target-x", "decomposition", "x", {}) for i in range(3)]
+TARGET = Row(3, "target-x", {}, None, "target", "x", {})
+
+
+def tasks(names: list[str]) -> list[Task]:
+    return step_tasks(step_rows(names, [*RUNS, TARGET]), {row.name: RUN for row in RUNS})
+
+
+def arrays(names: list[str], ends: dict[str | None, str], sent: list[str], needs: str = "all"):
+    """(names of the tasks, dependency) of each array of the last step in `names`."""
+    mine = [task for task in tasks(names) if task.goal == names[-1]]
+    found = step_arrays(mine, ends, sent, needs)
+    return [([task.run_id for task in array.tasks], dependency) for array, dependency in found]
+
+
+def test_a_step_has_a_row_for_each_run_or_one() -> None:
+    rows = step_rows(["evaluate", "report"], [*RUNS, TARGET])
+    assert [(row.index, row.name, row.after, row.goal) for row in rows] == [
+        (4, "evaluate-run0", "run0", "evaluate"),
+        (5, "evaluate-run1", "run1", "evaluate"),
+        (6, "evaluate-run2", "run2", "evaluate"),
+        (7, "report", None, "report"),
+    ]
+
+
+def test_wrong_steps_are_named() -> None:
+    with pytest.raises(LaunchError, match="no step 'evaluat'; did you mean evaluate"):
+        check_steps(["report", "evaluat"], "decomposition")
+    with pytest.raises(LaunchError, match="'report' comes 2 times"):
+        check_steps(["report", "report"], "decomposition")
+    with pytest.raises(LaunchError, match="steps follow runs"):
+        check_steps(["report"], "target")
+
+
+def test_steps_of_runs_pair_with_the_elements_of_their_array() -> None:
+    ends = {"run0": "7_0", "run1": "7_1", "run2": "7_2"}
+    names = [f"evaluate-run{i}" for i in range(3)]
+    assert arrays(["evaluate"], ends, [*ends.values()]) == [(names, "aftercorr:7")]
+    last = {**ends, None: "9"}
+    assert arrays(["evaluate"], last, ["9"]) == [(names, "aftercorr:7,afterok:9")]
+    assert arrays(["evaluate"], last, ["9"], "any") == [(names, "aftercorr:7,afterany:9")]
+    assert arrays(["evaluate"], {}, []) == [(names, None)]
+
+
+def test_what_is_over_is_not_waited_for_and_what_lives_is_waited_for_alone() -> None:
+    # run0 finished, run1 is element 1 of an older array, run2 was sent by itself.
+    assert arrays(["evaluate"], {"run1": "7_1", "run2": "8"}, ["8"]) == [
+        (["evaluate-run0"], None),
+        (["evaluate-run1"], "afterok:7_1"),
+        (["evaluate-run2"], "afterok:8"),
+    ]
+
+
+@given(st.permutations(["7_0", "7_1", "7_2"]))
+def test_elements_never_wait_for_another_run(jobs: list[str]) -> None:
+    found = arrays(["evaluate"], dict(zip(["run0", "run1", "run2"], jobs, strict=True)), jobs)
+    for names, dependency in found:
+        word, _, job = (dependency or "").partition(":")
+        for place, name in enumerate(names):
+            parent = jobs[int(name.removeprefix("evaluate-run"))]
+            assert parent == {"aftercorr": f"{job}_{place}", "afterok": job}[word]
+
+
+def test_a_step_of_the_launch_waits_for_all() -> None:
+    ends = {"run0": "7_0", "run1": "7_1", "run2": "8"}
+    sent = [*ends.values()]
+    assert arrays(["report"], ends, sent) == [(["report"], "afterok:7:8")]
+    assert arrays(["report"], ends, sent, "any") == [(["report"], "afterany:7:8")]
+    # Of an older array, parts may be over: those elements that live are waited for.
+    assert arrays(["report"], ends, ["8"]) == [(["report"], "afterok:7_0:7_1:8")]
+    assert arrays(["report"], {}, []) == [(["report"], None)]
+    assert arrays(["compare", "report"], {**ends, None: "9"}, [*sent, "9"]) == [
+        (["report"], "afterok:7:8:9")
+    ]
+
+
+def test_a_step_takes_one_process_of_its_runs_profile() -> None:
+    [step] = step_tasks(
+        step_rows(["evaluate"], RUNS[:1]), {"run0": config(dp=16, cluster__cpus_per_task=3)}
+    )
+    assert (step.nodes, step.tasks_per_node, step.config.cluster.cpus_per_task) == (1, 1, 3)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_step_is_a_command(name: str) -> None:
+    command = [sys.executable, "-m", STEPS[name].module, "--help"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
