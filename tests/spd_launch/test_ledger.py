@@ -1,7 +1,7 @@
 import pytest
 from launch_configs import config
 
-from spd_launch import ledger
+from spd_launch import ledger, run_record
 from spd_launch.progress import Heartbeat
 
 
@@ -27,7 +27,7 @@ def test_a_crash_is_worth_another_turn_only_if_the_run_got_further(make_run_dir)
     for job, step in (("7", 5), ("7", 5), ("8", 4), ("8", 6)):
         heartbeat = Heartbeat(run_dir, 50, attempt=1, job_id=job)
         heartbeat.at(step)
-        told.append(ledger.note_crash(run_dir, job, ArithmeticError("boom")))
+        told.append(run_record.note_crash(run_dir, job, ArithmeticError("boom")))
     assert told == [True, False, False, True]
     # The others of a job's turns were for time limits and preemptions.
-    assert [ledger.n_crash_requeues(run_dir, job) for job in ("7", "8", "9")] == [1, 1, 0]
+    assert [run_record.n_crash_requeues(run_dir, job) for job in ("7", "8", "9")] == [1, 1, 0]
