@@ -11,8 +11,10 @@ from pathlib import Path
 
 from spd_core.run_dir import RunDir, read_metrics
 from spd_launch.compose import compose
-from spd_launch.ledger import LaunchDir, new_launch, record
+from spd_launch.freeze import record
+from spd_launch.ledger import LaunchDir, new_launch
 from spd_launch.run_record import read_status
+from spd_launch.snapshot import Snapshot
 from spd_launch.task import STOPPED
 from spd_launch.validate import validate
 
@@ -111,7 +113,7 @@ def make_run(case: str, out: Path, *overrides: str) -> Run:
     typed = [*SMALL, *CASES[case], f"launch.out_dir='{out}'", *overrides]
     [composed] = compose(typed, multirun=False)
     plan, launch = new_launch([(composed.overrides, validate(composed.values))])
-    record(launch, plan, ROOT, None)
+    record(launch, plan, Snapshot(ROOT, None, "none"), [])
     [task] = plan.tasks
     run_dir = launch.run_dir(task.run_id)
     return Run(case, launch, run_dir, task.config.dp, orders=run_dir.path)
