@@ -82,9 +82,9 @@ def apply_sigmoid(
 class CiFn(nn.Module):
     """The causal-importance function of one module: pre-sigmoid values from its input.
 
-    `mlp` and `vector_mlp` are C small MLPs d_in -> hidden (GELU) -> 1 side by side, `shared_mlp` is
-    a single one d_in -> hidden (GELU) -> C. The layout inside is (MLP, width, batch): a layer is
-    one batched matmul, and elementwise work runs along contiguous memory.
+    `mlp` and `vector_mlp` are C small MLPs d_in -> hidden (GELU) -> 1 side by side, laid out as
+    (C, width, batch): a layer is one batched matmul, and elementwise work runs along contiguous
+    memory. `shared_mlp` is a single one d_in -> hidden (GELU) -> C.
     """
 
     def __init__(self, config: CiFnConfig, C: int, d_in: int, generator: torch.Generator) -> None:
@@ -108,15 +108,19 @@ class CiFn(nn.Module):
         self, x: Float[Tensor, "... d_in"], inner_acts: Float[Tensor, "... C"] | None
     ) -> Float[Tensor, "... C"]:
         """`inner_acts` are x V; only `mlp` looks at them, and it does not look at x."""
+        *inner, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
         match self.kind:
             case "mlp":
                 assert inner_acts is not None
                 *positions, C = inner_acts.shape
                 h = inner_acts.reshape(-1, C).T.unsqueeze(1)
-            case "vector_mlp" | "shared_mlp":
+            case "vector_mlp":
                 *positions, d_in = x.shape
                 h = x.reshape(-1, d_in).T.expand(len(self.weights[0]), -1, -1)
-        *inner, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
+            case "shared_mlp":
+                for weight, bias in inner:
+                    x = F.gelu(F.linear(x, weight[0], bias[0, :, 0]))
+                return F.linear(x, last_weight[0], last_bias[0, :, 0])
         for weight, bias in inner:
             if weight.shape[-1] == 1:
                 # The bias rides as the weight of a second input of ones: one matmul forward, and

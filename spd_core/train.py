@@ -44,10 +44,8 @@ def build_model(config: RunConfig, targets: Path, dist: Dist, console: Console) 
 
 
 def build_optimizer(config: RunConfig, model: ComponentModel) -> torch.optim.AdamW:
-    parameters, train = list(model.trained_parameters().values()), config.train
-    return torch.optim.AdamW(
-        parameters, lr=train.lr.start, weight_decay=train.weight_decay, fused=True
-    )
+    parameters, decay = model.trained_parameters().values(), config.train.weight_decay
+    return torch.optim.AdamW(parameters, config.train.lr.start, weight_decay=decay, fused=True)
 
 
 @dataclass(frozen=True)
@@ -119,10 +117,8 @@ def _start(t: Training, run_dir: RunDir, console: Console) -> int:
 
 def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
     """Fit V U to the target weights before training; the same arithmetic on every rank."""
-    warmup = config.train.faithfulness_warmup
-    optimizer = torch.optim.AdamW(
-        model.component_parameters(), lr=warmup.lr, weight_decay=warmup.weight_decay
-    )
+    parameters, warmup = model.component_parameters(), config.train.faithfulness_warmup
+    optimizer = torch.optim.AdamW(parameters, warmup.lr, weight_decay=warmup.weight_decay)
     for _ in range(warmup.steps):
         sum_, count = faithfulness(model.components)
         optimizer.zero_grad(set_to_none=True)

@@ -169,7 +169,8 @@ def load_config(path: Path) -> RunConfig:
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # five times faster, where it is
+    return yaml.dump(config.model_dump(mode="json"), Dumper=dumper, sort_keys=False)
 
 
 def config_digest(config: BaseConfig) -> str:

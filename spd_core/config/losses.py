@@ -62,7 +62,7 @@ class PGDReconConfig(LossConfig, PGDConfig):
 
 
 class PGDSubsetReconConfig(PGDReconConfig, SubsetReconConfig):
-    pass
+    """With the options of both."""
 
 
 class CustomLossConfig(LossConfig, CustomConfig):
