@@ -40,6 +40,16 @@ def main() -> int:
         # Look for a user's own parts where the run will: not in the current folder.
         sys.path[0] = str(PACKAGE_ROOT)
     options = _parser().parse_intermixed_args()
+    if options.completion:
+        from spd_launch.completion import SCRIPTS
+
+        print(SCRIPTS[options.completion])
+        return 0
+    if options.complete is not None:
+        from spd_launch.completion import candidates
+
+        print("\n".join(candidates(options.complete)))
+        return 0
     composed = compose(options.overrides, options.multirun)
     if any("cluster" not in run.overrides for run in composed):
         print(f"cluster={default_cluster()}: {_why_default()}", file=sys.stderr)
@@ -65,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         "-m", "--multirun", action="store_true", help="run every value of a=1,2 lists"
     )
     parser.add_argument("--cfg", choices=["job"], help="print the composed config and do nothing")
+    parser.add_argument(
+        "--completion", choices=["bash", "zsh"], help="print what the shell needs to complete words"
+    )
+    parser.add_argument("--complete", metavar="WORD", help=argparse.SUPPRESS)
     return parser
 
 
@@ -99,13 +113,14 @@ def launch(composed: list[Composed]) -> int:
         print("nothing to do")
         return 0
     plan = make_plan(runs, "DRYRUN", "0000", stored_targets(runs))
-    if options.dry_run:
+    if options.dry_run and plan.tasks:
         from spd_launch.dry_run import show
 
         return show(plan)
-    for config in {target_name(config): config for _, config in runs}.values():
-        check_inputs(config)
-    _take_targets([config for _, config in runs])
+    if not options.dry_run:
+        for config in {target_name(config): config for _, config in runs}.values():
+            check_inputs(config)
+        _take_targets([config for _, config in runs])
     if not plan.tasks:
         print(f"nothing to do: every target is in {options.out_dir / 'targets'}")
         return 0
@@ -141,12 +156,17 @@ def start(folder, tasks, kind: str, python_path: Path) -> int:
     """Run here or submit; says how to follow, resume and cancel."""
     from spd_launch.plan import in_words
 
+    waits = tasks[0].config.launch.wait
     if kind == "local":
         from spd_launch.local import run_here
 
         print(f"launch {folder.launch_id}: {in_words(tasks)} here", flush=True)
         code = run_here(folder, tasks, python_path)
-        if code:
+        if waits:
+            from spd_launch.status import look, print_launch
+
+            print_launch(folder, look(folder))
+        elif code:
             print(f"not finished; continue with: python -m spd_launch.resume {folder.launch_id}")
         return code
     from spd_launch.submit import submit
@@ -158,6 +178,10 @@ def start(folder, tasks, kind: str, python_path: Path) -> int:
     for verb in ("status", "logs", "resume", "cancel"):
         follow = " -f" if verb == "logs" else ""
         print(f"{verb:8}python -m spd_launch.{verb} {folder.launch_id}{follow}")
+    if waits:
+        from spd_launch.wait import wait
+
+        return wait(folder)
     return 0
 
 

@@ -37,6 +37,7 @@ class LaunchConfig(BaseConfig):
         description="target = only put the target into the store, where runs find it"
     )
     dry_run: bool
+    wait: bool = Field(description="come back when all is over, with code 1 if a run failed")
     max_parallel: Count | None = Field(description="array tasks at one time; null = no limit")
     snapshot: Literal["copy", "commit", "off"] = Field(
         description="copy = run from a copy; commit = only keep it in git; off = neither"

@@ -55,7 +55,7 @@ def _array_limit(plan: LaunchPlan) -> int:
         try:
             return slurm_state.array_limit()
         except LaunchError as problem:
-            print(f"How long an array may be is not known here: {problem}")
+            print(f"how long an array may be is not known here: {str(problem).splitlines()[0]}")
     return len(plan.tasks)
 
 

@@ -18,7 +18,6 @@ alive in any; one that is dead in a member is a group of its own there.
 
 import argparse
 import json
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -35,8 +34,9 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 from spd_analysis.clustering.history import History, Source, load, members
+from spd_analysis.launches import rewritten
 from spd_core.load import find_run
-from spd_core.run_dir import RunDir, written_whole
+from spd_core.run_dir import RunDir
 
 Labels = Int[np.ndarray, "n"]
 
@@ -53,9 +53,10 @@ def hamming_distance(a: Labels, b: Labels) -> float:
     Groups that share nobody, not even by way of others, are matched apart from each other.
     """
     shared = _contingency(a, b)
+    n_rows = shared.sum(axis=1).size
     graph = sparse.block_array([[None, shared], [shared.T, None]])
     part = sparse.csgraph.connected_components(graph, directed=False)[1]
-    rows, columns = part[: shared.shape[0]], part[shared.shape[0] :]
+    rows, columns = part[:n_rows], part[n_rows:]
     alone = (np.bincount(rows) == 1) & (np.bincount(columns) == 1)
     kept = shared.sum(axis=1)[alone[rows]].sum()
     for p in np.flatnonzero(~alone):
@@ -210,13 +211,11 @@ def write_distances(run_dir: RunDir, name: str, n: int | None, n_points: int) ->
         "alive_in": [alive_in[each] for each in ensemble.subcomponents],
     }
     place = folder / "distances"
-    with written_whole(place) as new:
-        new.mkdir()
-        np.savez_compressed(new / "distances.npz", **arrays)
+    with rewritten(place) as new:
+        np.savez_compressed(new / "distances.npz", allow_pickle=False, **arrays)
         (new / "distances.json").write_text(json.dumps(record, indent=1) + "\n")
         title = f"{run_dir.path.name}: {len(ensemble.seeds)} clusterings of {name}"
         draw_distances(arrays, title, new / "distances.png")
-        shutil.rmtree(place, ignore_errors=True)  # of fewer members
     _print(ensemble, arrays, console)
     return place
 

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def test_a_run_outlives_its_time_limit(launch: Launch, command: Command) -> None
     stopped_at = status(folder, task).step
     wait_for(lambda: status(folder, task).attempt == 2, 180, "the second attempt")
     wait_for(lambda: status(folder, task).step > stopped_at, 60, "steps of the second attempt")
-    assert "saved; requeued, 1 of 20" in log(folder)
+    assert "saved; to be requeued, 1 of 20" in log(folder)
     assert f"continuing from step {stopped_at}" in log(folder)
     [job] = ledger.latest_jobs(folder).values()
     assert status(folder, task).job_id == job
@@ -195,7 +196,8 @@ def test_a_controller_that_is_down_is_asked_again(launch: Launch) -> None:
     os.kill(controller, signal.SIGKILL)
     try:
         os.kill(pid_of_rank(folder, 0), signal.SIGUSR2)
-        wait_for(lambda: "Unable to contact" in log(folder), 90, "the first try")
+        wait_for(lambda: "saved; to be requeued" in log(folder), 60, "the save")
+        time.sleep(5)
         assert status(folder, task).state == "stopped"
     finally:
         slurm_cluster.start("ctl", "slurmctld", "-D")

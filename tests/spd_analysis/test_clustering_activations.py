@@ -20,7 +20,7 @@ def decomposition(trained, one_process):
         last[:] = torch.tensor([0.3, 0.2, 0.4, 0.3, -9.0, -9.0]).reshape(last.shape)
         run.model.ci_fns[name].weights[-1].data[4:] = 0
         run.model.ci_fns[name].weights[-1].data[3], last[3] = 0, 0.005
-    return Decomposition(run.config, run.model, one_process)
+    return Decomposition(run.config, run.model, one_process, None)
 
 
 def importances(d, modules):

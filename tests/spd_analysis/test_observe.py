@@ -9,7 +9,7 @@ from spd_core.load import load_run
 @pytest.mark.parametrize("sampling", ["continuous", "binomial"])
 def test_importances_are_the_models_without_noise(sampling, trained, one_process):
     run = load_run(trained("a_run", f"decompose.sampling={sampling}").path)
-    d = Decomposition(run.config, run.model, one_process)
+    d = Decomposition(run.config, run.model, one_process, None)
     seen = observe(d, 3, 0, 20, "clustering")
     W, b = run.model.target.linear1.weight, run.model.target.linear2.bias
     torch.testing.assert_close(seen.target_out, (seen.examples @ W.T @ W + b).relu())
@@ -22,7 +22,7 @@ def test_importances_are_the_models_without_noise(sampling, trained, one_process
 
 def test_batches_are_told_apart_by_seed_step_and_purpose(trained, one_process):
     run = load_run(trained("a_run").path)
-    d = Decomposition(run.config, run.model, one_process)
+    d = Decomposition(run.config, run.model, one_process, None)
     addresses = [(0, 0, "a"), (0, 1, "a"), (1, 0, "a"), (0, 0, "b")]
     batches = [observe(d, seed, step, 30, why).examples for seed, step, why in addresses]
     for i, batch in enumerate(batches):

@@ -1,6 +1,5 @@
 """The command line: bad input, dry runs, what a launch writes, and that planning stays light."""
 
-import json
 import os
 import re
 import subprocess
@@ -14,9 +13,7 @@ from launch_configs import config
 from spd_launch import ledger
 from spd_launch.compose import compose
 from spd_launch.errors import LaunchError
-from spd_launch.freeze import record
-from spd_launch.ledger import find_launch, new_launch, read_task, read_tasks
-from spd_launch.snapshot import Snapshot
+from spd_launch.ledger import new_launch
 from spd_launch.validate import validate, validate_all
 
 ROOT = Path(__file__).parent.parent.parent
@@ -143,28 +140,6 @@ def test_the_current_directory_has_its_own_profiles(
 )
 def test_every_profile_is_valid(file: Path) -> None:
     validate(compose(["+experiment=tms_5-2", f"cluster={file.stem}"], False)[0].values)
-
-
-def test_a_launch_on_disk(tmp_path: Path) -> None:
-    runs = [({"seed": str(s)}, config(seed=s, launch__out_dir=str(tmp_path))) for s in (0, 1)]
-    plan, launch = new_launch(runs)
-    record(launch, plan, Snapshot(ROOT, None, None), [])
-    assert {f.name for f in launch.path.iterdir()} == {
-        "launch.yaml",
-        "plan.json",
-        "tasks.jsonl",
-        "logs",
-    }
-    assert [t.run_id for t in read_tasks(launch)] == [t.run_id for t in plan.tasks]
-    assert read_tasks(launch)[1].config == runs[1][1]
-    assert [read_task(launch, t.run_id) for t in plan.tasks] == plan.tasks  # what a rank reads
-    with pytest.raises(LaunchError, match="no run 'another'"):
-        read_task(launch, "another")
-    status = json.loads((launch.run_dir(plan.tasks[0].run_id).status_file).read_text())
-    assert (status["state"], status["attempt"], status["steps"]) == ("pending", 0, 4)
-    for name in ("latest", launch.launch_id[:15], launch.launch_id[-4:]):
-        assert find_launch(name, tmp_path) == launch
-    assert new_launch(runs)[1] != launch
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
