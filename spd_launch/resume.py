@@ -38,7 +38,7 @@ def main() -> int:
             f"python -m spd_launch.cancel {launch.launch_id}"
         )
     observed = judge(launch, rows, live)
-    todo = _to_send(observed, only, info["kind"])
+    todo = to_send(observed, only, info["kind"])
     if not todo:
         mine = [row for row in observed if only in (None, row.row.name)]
         n_live = sum(row.live for row in mine)
@@ -68,7 +68,7 @@ def _code_now(launch: LaunchDir) -> Path:
     return snapshot.python_path
 
 
-def _to_send(observed: Sequence[Observed], only: str | None, kind: str) -> list[Observed]:
+def to_send(observed: Sequence[Observed], only: str | None, kind: str) -> list[Observed]:
     """What is over and not finished, of all or of one run; and the steps that come after that."""
     wanted = {row.row.name for row in observed}
     if only is not None:
