@@ -53,7 +53,7 @@ def main() -> int:
         time.sleep(WATCH_S)
 
 
-def look(launch: LaunchDir, run: str | None) -> Seen:
+def look(launch: LaunchDir, run: str | None = None) -> Seen:
     """All of a launch; or one of its runs, with its target and what follows it."""
     rows = ledger.read_rows(launch)
     if run is not None:

@@ -6,6 +6,7 @@ A step is started anew where it was preempted, so it needs no checkpoint.
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def run(launch_path: str, name: str) -> None:
     try:
         if problem := unmet(launch, row):
             raise LaunchError(problem)
-        code, last_line = _command(launch, row)
+        code, last_line = _commands(launch, row)
         if code and not stop():
             raise LaunchError(f"its command ended with code {code}: {last_line}")
     except LaunchError as error:
@@ -78,24 +79,29 @@ def unmet(launch: LaunchDir, row: Row) -> str | None:
     return f"{row.name} needs {n_needed} of {len(needed)}; not finished: {', '.join(missing)}"
 
 
-def _command(launch: LaunchDir, row: Row) -> tuple[int, str]:
-    """Its exit code, and the last line of what it had to complain about."""
+def _commands(launch: LaunchDir, row: Row) -> tuple[int, str]:
+    """Run them; the exit code of the last one, and the last line of its complaints."""
     folder = launch.path if row.after is None else launch.run_dir(row.after).path
-    command = [sys.executable, "-m", STEPS[row.goal].module, str(folder)]
-    print("$ " + " ".join(command), flush=True)
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # it is no rank of anything
     env = {name: value for name, value in os.environ.items() if name not in ours}
     env["SPD_OUT_DIR"] = str(launch.path.parent.parent)
-    last_line = ""
-    with subprocess.Popen(
-        command, env=env, stderr=subprocess.PIPE, text=True, errors="replace"
-    ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            sys.stderr.write(line)
-            sys.stderr.flush()
-            last_line = line.strip() or last_line
-    return process.returncode, last_line
+    code, last_line = 0, ""
+    for command in STEPS[row.goal].commands:
+        words = [str(folder) if word == "FOLDER" else word for word in command.split()]
+        print("$ python -m " + shlex.join(words), flush=True)
+        with subprocess.Popen(
+            [sys.executable, "-m", *words],
+            env=env, stderr=subprocess.PIPE, text=True, errors="replace",
+        ) as process:  # fmt: skip
+            assert process.stderr is not None
+            for line in process.stderr:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+                last_line = line.strip() or last_line
+        code = process.returncode
+        if code:
+            break
+    return code, last_line
 
 
 def main() -> int:
