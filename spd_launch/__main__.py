@@ -32,7 +32,8 @@ EXAMPLES = """examples:
 
 afterwards:
   python -m spd_launch.status [LAUNCH]     python -m spd_launch.logs LAUNCH [TASK] [-f]
-  python -m spd_launch.resume LAUNCH       python -m spd_launch.cancel LAUNCH [TASK]"""
+  python -m spd_launch.resume LAUNCH       python -m spd_launch.cancel LAUNCH [TASK]
+  python -m spd_launch.results LAUNCH      python -m spd_launch.prune"""
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import SMALL, Cluster, Command, Launch, status, wait_for, wait_until
+from cluster import NO_FIGURES, SMALL, Cluster, Command, Launch, status, until, wait_for, wait_until
 
 from spd_launch import ledger
 from spd_launch.ledger import LaunchDir
@@ -50,40 +50,10 @@ def table_row(text: str, name: str) -> str:
     return next(line for line in text.splitlines() if name in line)
 
 
-LOSS = """
-import time
-from pathlib import Path
-
-from spd_core.component_model import ComponentModel
-from spd_core.data.batches import Batch
-from spd_core.losses.distance import LossParts
-
-
-def loss(model: ComponentModel, batch: Batch, *, seed: int, without: str, then: str) -> LossParts:
-    while seed == 1 and not Path(without).exists():
-        if then == "fail":
-            raise ArithmeticError("not yet")
-        time.sleep(0.1)
-    return batch.target_out.sum() * 0, 1
-"""
-
-
-@pytest.fixture
-def go(project: Path, tmp_path: Path) -> Path:
-    """The file that a run of seed 1 waits for, or fails without: see `until`."""
-    (project / "stubborn.py").write_text(LOSS)
-    return tmp_path / "go"
-
-
-def until(go: Path, then: str) -> str:
-    own = f"path: stubborn.loss, coeff: 1.0, seed: '${{seed}}', without: '{go}', then: {then}"
-    return f"losses.stubborn={{{own}}}"
-
-
 def test_each_run_is_evaluated_when_it_ends_and_the_report_comes_last(
     launch: Launch, command: Command, slurm: Cluster, go: Path
 ) -> None:
-    folder, [short, long] = launch("-m", "seed=0,1", BOTH, until(go, "wait"))
+    folder, [short, long] = launch("-m", "seed=0,1", BOTH, *NO_FIGURES, until(go, "wait"))
     jobs = ledger.latest_jobs(folder)
     array = jobs[short.run_id].split("_")[0]
     first, second = f"evaluate-{short.run_id}", f"evaluate-{long.run_id}"
@@ -105,7 +75,7 @@ def test_each_run_is_evaluated_when_it_ends_and_the_report_comes_last(
 def test_nothing_waits_for_a_run_that_failed_and_resume_sends_all_of_it_again(
     launch: Launch, command: Command, slurm: Cluster, go: Path
 ) -> None:
-    folder, [good, bad] = launch("-m", "seed=0,1", BOTH, until(go, "fail"))
+    folder, [good, bad] = launch("-m", "seed=0,1", BOTH, *NO_FIGURES, until(go, "fail"))
     wait_until(folder, bad, "failed")
     wait_for(lambda: queue_is_empty(slurm, folder), 120, "Slurm to give the others up")
     assert states(folder) == {
@@ -125,7 +95,7 @@ def test_nothing_waits_for_a_run_that_failed_and_resume_sends_all_of_it_again(
 
 def test_a_step_that_needs_any_run_goes_ahead(launch: Launch, go: Path) -> None:
     any_ = ["launch.then=[report]", "launch.then_needs=any"]
-    folder, [_, bad] = launch("-m", "seed=0,1", *any_, until(go, "fail"))
+    folder, [_, bad] = launch("-m", "seed=0,1", *any_, *NO_FIGURES, until(go, "fail"))
     wait_until(folder, bad, "failed")
     wait_for(lambda: states(folder)["report"] == "finished", 240, "the report to go ahead")
 
@@ -143,7 +113,7 @@ def test_steps_are_cancelled_with_their_runs(
 
 
 def test_a_requeued_run_is_still_waited_for(launch: Launch, slurm: Cluster, go: Path) -> None:
-    folder, [run] = launch("seed=1", BOTH, until(go, "wait"))
+    folder, [run] = launch("seed=1", "launch.then=[report]", *NO_FIGURES, until(go, "wait"))
     jobs = ledger.latest_jobs(folder)
     wait_until(folder, run, "running")
     slurm.run("scontrol", "requeue", jobs[run.run_id])
