@@ -6,6 +6,7 @@ With a run go the steps after it; the name of a step is all of its jobs.
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,9 +16,12 @@ from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed, ask_slurm, judge, observe, parser, strangers
 
+MANY = 20  # live jobs, of which a person is asked once more
+
 
 def main() -> int:
     options = parser(__doc__ or "", nargs="one")
+    options.add_argument("--yes", action="store_true", help=f"do not ask, also for over {MANY}")
     options.add_argument("task", nargs="?", help="index or part of a run id, or a step; or all")
     given = options.parse_args()
     launch, run = ledger.find(given.launch, given.out_dir)
@@ -34,6 +38,10 @@ def main() -> int:
     in_queue = ask_slurm(launch)
     observed = [row for row in judge(launch, rows, in_queue) if row.state != "finished"]
     live = [row for row in observed if row.live]
+    if len(live) > MANY and not given.yes and sys.stdin.isatty():
+        answer = input(f"cancel {len(live)} live jobs of {launch.launch_id}? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
+            return 1
     if wanted is None:
         slurm_state.cancel_jobs(strangers(launch, in_queue))
     ledger.note_jobs(launch, "cancel", {row.row.name: row.job_id for row in live})
