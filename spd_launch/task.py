@@ -207,7 +207,7 @@ def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
     meeting = _meet(run_dir, place)
     dist = distributed.init(
         place.rank, place.world_size, place.local_rank,
-        meeting.address, meeting.port, _device(config, place),
+        f"{meeting.address}:{meeting.port}", _device(config, place),
     )  # fmt: skip
     if dist.is_main:
         write_environment(run_dir)

@@ -7,7 +7,7 @@ import pytest
 
 from spd_analysis.processes import joined, run_here
 
-PROGRAM = """
+PROGRAM = r"""
 import sys
 import time
 import torch
@@ -19,7 +19,9 @@ with joined("cpu") as dist:
         time.sleep(0 if dist.rank else 60)
         sys.exit(7)
     total = all_reduce("sum", torch.tensor(10.0 ** dist.rank), dist)
-    print(f"rank {dist.rank} of {dist.world_size} got {int(total)}", flush=True)
+    # One write: lines of several processes in one file must not mix.
+    sys.stdout.write(f"rank {dist.rank} of {dist.world_size} got {int(total)}\n")
+    sys.stdout.flush()
 """
 
 
