@@ -182,6 +182,18 @@ def test_a_sweep_without_experiments_is_for_any(sweep) -> None:
         configs("+sweep=mine")
 
 
+def test_the_example_of_the_manual_is_valid(sweep) -> None:
+    manual = (ROOT / "docs" / "sweeps.md").read_text()
+    sweep(manual.split("```yaml\n")[1].split("```")[0])
+    found = configs("+sweep=mine")
+    # Seeds x (coefficients x pairs, of which `where` drops one) x draws; then one coefficient.
+    names = [config.experiment for config in found]
+    assert names == ["tms_5-2"] * 3 * 3 * 20 + ["tms_5-2-id"] * 3 * 2 * 20
+    pairs = {(c.train.batch_size, c.train.lr.start) for c in found}
+    assert pairs == {(1024, 1e-3), (4096, 2e-3)}
+    assert {c.eval.slow_every for c in found} == {5000}
+
+
 def test_the_current_directorys_sweeps_come_first(tmp_path: Path, sweep) -> None:
     sweep(FILE)
     (tmp_path / "sweeps" / "mine.yaml").rename(tmp_path / "sweeps" / "tms_sparsity.yaml")
