@@ -45,7 +45,7 @@ class LogUniform(Interval):
     low: Annotated[float, Field(gt=0)]
 
 
-class Int(BaseConfig):
+class Int(Interval):
     """Whole numbers from low to high, both included."""
 
     kind: Literal["int"]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 LOCAL = ["+experiment=tms_5-2", "cluster=local"]
 
 BAD = [
-    (["train.steps=0"], "choose an experiment: .*valid: .*tms_5-2"),
+    (["train.steps=0"], r"choose an experiment, .*\+sweep=NAME; valid: .*tms_5-2"),
     (["+experiment=tms_52"], "no experiment named 'tms_52'; did you mean tms_5-2"),
     (["+experiment=tms_5-2", "cluster=locl"], "no cluster named 'locl'; did you mean local"),
     ([*LOCAL, "train.stepz=3"], "train.stepz=3: no field 'stepz' in train; did you mean steps"),

@@ -210,6 +210,8 @@ BAD = [
      r"global\.random\.keys\.a\.low=0: .*greater than 0"),
     ("global: {random: {n: 1, seed: 0, keys: {a: {kind: uniform, low: 3, high: 1}}}}",
      "low=3 is not below high=1"),
+    ("global: {random: {n: 1, seed: 0, keys: {a: {kind: int, low: 3, high: 3}}}}",
+     "low=3 is not below high=3"),
     ("global: {random: {n: 1, seed: 0, keys: {a: {kind: uniform, low: 3, hihg: 4}}}}",
      "no field 'hihg' .*did you mean high"),
     ("global: {grid: {seed: 3}}", r"global\.grid\.seed=3: .*valid list"),
