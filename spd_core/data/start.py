@@ -7,6 +7,8 @@ from spd_core.components import tie
 from spd_core.data.batches import Decomposition, draw_examples
 from spd_core.randomness import StepRandomness, stream
 
+N_EXAMPLES = 1024  # not those of a step, so that microbatches and their size change nothing
+
 
 @torch.no_grad()
 def start_from_examples(d: Decomposition) -> None:
@@ -20,8 +22,7 @@ def start_from_examples(d: Decomposition) -> None:
         ValueError: a module's input is zero at all examples.
     """
     config, device = d.config, d.dist.device
-    n_parts = config.train.batch_size // (config.train.microbatch_size or config.train.batch_size)
-    part = StepRandomness(config.seed, 0, 0, n_parts, config.train.batch_size, device)
+    part = StepRandomness(config.seed, 0, 0, 1, N_EXAMPLES, device)
     _, inputs = d.model.run_target(draw_examples(config, d.data, part, "start"))
     for name, components in d.model.components.items():
         d_in, C = components.V.shape
