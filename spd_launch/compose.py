@@ -228,7 +228,8 @@ def as_typed(overrides: dict[str, str]) -> str:
 def _check_names(runs: list[dict[str, Setting]]) -> None:
     if any("experiment" not in run for run in runs):
         raise LaunchError(
-            f"choose an experiment: +experiment=NAME{nearest('', experiment_names())}"
+            "choose an experiment, +experiment=NAME, or a sweep, +sweep=NAME"
+            f"{nearest('', experiment_names())}"
         )
     for group in ("experiment", "cluster"):
         valid = names_in(group)
