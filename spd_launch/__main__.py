@@ -113,16 +113,17 @@ def launch(composed: list[Composed]) -> int:
         print("nothing to do")
         return 0
     plan = make_plan(runs, "DRYRUN", "0000", stored_targets(runs))
-    if not plan.tasks:
-        print(f"nothing to do: every target is in {options.out_dir / 'targets'}")
-        return 0
-    if options.dry_run:
+    if options.dry_run and plan.tasks:
         from spd_launch.dry_run import show
 
         return show(plan)
-    for config in {target_name(config): config for _, config in runs}.values():
-        check_inputs(config)
-    _take_targets([config for _, config in runs])
+    if not options.dry_run:
+        for config in {target_name(config): config for _, config in runs}.values():
+            check_inputs(config)
+        _take_targets([config for _, config in runs])
+    if not plan.tasks:
+        print(f"nothing to do: every target is in {options.out_dir / 'targets'}")
+        return 0
     plan, folder = new_launch(runs)
     with all_or_nothing(folder, plan):
         code = Snapshot(PACKAGE_ROOT, None, None)

@@ -201,13 +201,17 @@ def note_jobs(launch: LaunchDir, kind: str, jobs: dict[str, str]) -> None:
 def latest_jobs(launch: LaunchDir) -> dict[str, str]:
     """run id -> the job it was last given."""
     jobs: dict[str, str] = {}
-    if launch.jobs_file.exists():
-        for line in launch.jobs_file.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):
-                continue  # half written
-            entry = json.loads(line)
-            jobs.update(entry["jobs"] if entry["kind"] != "cancel" else {})
+    for entry in _job_lines(launch):
+        jobs.update(entry["jobs"] if entry["kind"] != "cancel" else {})
     return jobs
+
+
+def _job_lines(launch: LaunchDir) -> list[dict[str, Any]]:
+    """What was noted, but for a last line without its end: it is being written, or never was."""
+    if not launch.jobs_file.exists():
+        return []
+    lines = launch.jobs_file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_info(launch: LaunchDir) -> dict[str, Any]:
@@ -216,10 +220,7 @@ def read_info(launch: LaunchDir) -> dict[str, Any]:
 
 def known_jobs(launch: LaunchDir) -> set[str]:
     """Every job that was ever noted."""
-    if not launch.jobs_file.exists():
-        return set()
-    lines = launch.jobs_file.read_text().splitlines()
-    return {job for line in lines for job in json.loads(line)["jobs"].values()}
+    return {job for entry in _job_lines(launch) for job in entry["jobs"].values()}
 
 
 def read_rows(launch: LaunchDir) -> list[Row]:

@@ -214,7 +214,7 @@ def strike(fault: Fault, scene: Scene) -> tuple[str, float, float]:
     fault(scene)
     deadline = began + 240
     while run.attempts == attempt and run.state != "finished":
-        [row] = observe(run.launch, ledger.read_tasks(run.launch)[:1])
+        [row] = observe(run.launch, ledger.read_rows(run.launch)[:1])
         if not row.live:
             began, how = time.time(), f"{row.state}, resumed"
             forget_orders(run)

@@ -10,7 +10,9 @@ import pytest
 from launch_configs import config
 
 from spd_launch import ledger
+from spd_launch.freeze import record
 from spd_launch.run_record import read_status
+from spd_launch.snapshot import Snapshot
 
 ROOT = Path(__file__).parent.parent.parent
 LONG = {"train__steps": 10**6, "eval__every": 10**6, "eval__slow_every": 10**6,
@@ -22,7 +24,7 @@ def start(tmp_path):
     """Start rank 0 of a job's attempt; its output goes to the returned file."""
     runs = [({}, config("cpu", launch__out_dir=tmp_path, **LONG))]
     plan, launch = ledger.new_launch(runs)
-    ledger.record(launch, plan, ROOT, None)
+    record(launch, plan, Snapshot(ROOT, None, "none"), [])
     run_id = plan.tasks[0].run_id
     started = []
 
