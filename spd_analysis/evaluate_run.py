@@ -254,7 +254,7 @@ def _name(text: str) -> str:
 def main() -> int:
     arguments = _parser().parse_args()
     try:
-        if arguments.processes > 1 and "WORLD_SIZE" not in os.environ:
+        if arguments.processes > int(os.environ.get("WORLD_SIZE", "1")):
             # What is wrong is said once, not by every process.
             with_checkpoints(arguments.runs, Console(quiet=True))
             return run_here(arguments.processes, "spd_analysis.evaluate_run", sys.argv[1:])
