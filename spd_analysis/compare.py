@@ -324,7 +324,7 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console()
     try:
-        runs = with_checkpoints(arguments.runs)
+        runs = with_checkpoints(arguments.runs, console)
         settings = Settings(arguments.importance, arguments.density, arguments.steps)
         here = distributed.init(0, 1, 0, "", arguments.device)
         summary = compare_runs(runs, settings, here)

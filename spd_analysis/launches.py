@@ -8,11 +8,12 @@ found about a launch goes to `launches/ID/analysis/NAME/`: summary.json, and pic
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from spd_core.load import find_run
 from spd_core.run_dir import RunDir, written_whole
@@ -81,10 +82,10 @@ def state_of(run_dir: RunDir) -> str:
     return json.loads(run_dir.status_file.read_text())["state"]
 
 
-def with_checkpoints(references: Sequence[str]) -> list[RunDir]:
+def with_checkpoints(references: Sequence[str], console: Console) -> list[RunDir]:
     """The runs of all references that can be loaded.
 
-    Of launches, runs without a checkpoint are left out, which is said on stderr.
+    Of launches, runs without a checkpoint are left out, which is said.
 
     Raises:
         ValueError: a reference names neither a run nor a launch, no run has a checkpoint, or one
@@ -100,7 +101,7 @@ def with_checkpoints(references: Sequence[str]) -> list[RunDir]:
             f"no checkpoint in {told}: continue with `python -m spd_launch.resume LAUNCH`, "
             "or give other runs"
         )
-    print(f"left out, as there is no checkpoint: {told}", file=sys.stderr)
+    console.print(f"[yellow]left out, as there is no checkpoint: {told}", soft_wrap=True)
     return [run_dir for run_dir in runs if run_dir not in lacking]
 
 

@@ -51,7 +51,7 @@ def joined(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Dist]:
     """
     env = os.environ
     rank, size, local_rank, meeting = 0, 1, 0, ""
-    if "WORLD_SIZE" in env:
+    if int(env.get("WORLD_SIZE", "1")) > 1:
         rank, size, local_rank = (int(env[v]) for v in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         meeting = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         if device == "auto" and torch.cuda.device_count() < size:

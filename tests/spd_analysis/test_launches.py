@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from rich.console import Console
 
 from spd_analysis.launches import (
     analysis_folder,
@@ -68,20 +69,20 @@ def test_targets_are_no_decompositions(launched):
 def test_runs_without_a_checkpoint_are_left_out_of_a_launch_but_not_if_named(launched, capsys):
     launched("2026-a", "one", "two")
     with pytest.raises(ValueError, match=r"no checkpoint in .*one .*, .*two \(not launched\): "):
-        with_checkpoints(["2026-a"])
+        with_checkpoints(["2026-a"], Console())
     one, two = find_runs(["2026-a"])
     (two.checkpoints / "step_2").mkdir(parents=True)
-    assert [r.path.name for r in with_checkpoints(["2026-a"])] == ["two"]
-    assert f"no checkpoint: {one.path} (not launched)" in capsys.readouterr().err
-    assert [r.path.name for r in with_checkpoints(["two"])] == ["two"]
+    assert [r.path.name for r in with_checkpoints(["2026-a"], Console())] == ["two"]
+    assert f"no checkpoint: {one.path} (not launched)" in capsys.readouterr().out
+    assert [r.path.name for r in with_checkpoints(["two"], Console())] == ["two"]
     for named in (["one", "two"], ["2026-a", "one"]):
         with pytest.raises(
             ValueError, match=r"no checkpoint in .*runs/one \(not launched\).*resume"
         ):
-            with_checkpoints(named)
+            with_checkpoints(named, Console())
     one.status_file.write_text('{"state": "failed"}')
     with pytest.raises(ValueError, match=r"runs/one \(failed\)"):
-        with_checkpoints(["one"])
+        with_checkpoints(["one"], Console())
 
 
 def test_findings_lie_with_the_launch_or_beside_the_runs(launched, tmp_path):
