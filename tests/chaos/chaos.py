@@ -110,10 +110,11 @@ def on_cluster(options: argparse.Namespace, place: Path, record: Record) -> None
         for name in islice(kinds, PER_JOB):
             how, slurms, ours = on_slurm.strike(on_slurm.FAULTS[name], on_slurm.Scene(run, chance))
             yield name, f"{how}, {slurms:.0f} s to its start and {ours:.0f} s to a step"
-            if ours:
-                record.seconds["from requeue to start, Slurm's part"].append(slurms)
-                record.seconds["from start to the first new step, ours"].append(ours)
-        (run.orders / "pace").unlink()
+            if run.state == "finished":
+                break
+            record.seconds["from requeue to start, Slurm's part"].append(slurms)
+            record.seconds["from start to the first new step, ours"].append(ours)
+        (run.orders / "pace").unlink()  # no more waiting
         on_slurm.wait_for(
             lambda: run.state == "finished" and run.run_dir.report_file.exists(), 300, "its end"
         )
