@@ -1,13 +1,35 @@
 """A finished decomposition on fresh batches of its data: what clustering and harvest look at."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spd_core.data.batches import Decomposition, draw_examples
+from spd_core.distributed import Dist
+from spd_core.load import load_run
 from spd_core.randomness import StepRandomness
+from spd_core.run_dir import RunDir
+
+
+def load_decomposition(
+    run_dir: RunDir, device: Literal["auto", "cpu", "cuda"]
+) -> tuple[Decomposition, int]:
+    """The newest checkpoint of a run, and its step; `auto` is a GPU where there is one.
+
+    Raises:
+        ValueError: there is no checkpoint, or the run does not load.
+    """
+    try:
+        run = load_run(run_dir.path)
+    except OSError as error:  # no checkpoint, or no target in the store
+        raise ValueError(f"{run_dir.path} cannot be loaded: {error}") from None
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    place = torch.device("cuda" if on_gpu else "cpu")
+    model = run.model.to(place)
+    return Decomposition(run.config, model, Dist(0, 1, place), run_dir.data), run.step
 
 
 @dataclass(frozen=True)

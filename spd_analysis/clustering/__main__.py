@@ -11,9 +11,9 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -26,18 +26,19 @@ from spd_analysis.clustering.figures import draw_clustering
 from spd_analysis.clustering.history import History, Source, load, members, save
 from spd_analysis.clustering.known import features_found
 from spd_analysis.clustering.merge import cluster
-from spd_core.data.batches import Decomposition, n_features
-from spd_core.distributed import Dist
-from spd_core.load import find_run, load_run
+from spd_analysis.observe import load_decomposition
+from spd_core.data.batches import n_features
+from spd_core.load import find_run
 from spd_core.metrics import matching
 from spd_core.metrics.solutions import single_feature_ci
 from spd_core.run_dir import RunDir, written_whole
 
+Device = Literal["auto", "cpu", "cuda"]
 MOST_ROWS, MOST_NAMES = 30, 8
 
 
 def cluster_run(
-    run_dir: RunDir, name: str, config: ClusteringConfig, device: torch.device, console: Console
+    run_dir: RunDir, name: str, config: ClusteringConfig, device: Device, console: Console
 ) -> Path:
     """Cluster and write; one that is there already, of the same config, is left as it is.
 
@@ -50,11 +51,7 @@ def cluster_run(
             raise ValueError(f"{folder} is another clustering: give this one another --name")
         console.print(f"{folder} is there already", soft_wrap=True, highlight=False)
         return folder
-    try:
-        run = load_run(run_dir.path)
-    except OSError as error:  # no checkpoint, or no target in the store
-        raise ValueError(f"{run_dir.path} cannot be loaded: {error}") from None
-    d = Decomposition(run.config, run.model.to(device), Dist(0, 1, device), run_dir.data)
+    d, step = load_decomposition(run_dir, device)
     with console.status(f"causal importances on {config.data.n_samples:,} samples"):
         activations = collect(d, config)
     n = len(activations.subcomponents)
@@ -66,18 +63,18 @@ def cluster_run(
         bar = progress.add_task("merge", total=config.iters or n - 1)
         history = cluster(activations, config, lambda _k: progress.advance(bar))
     source = Source(
-        run_dir.path.name, run.step, activations.n_samples, activations.n_dead,
+        run_dir.path.name, step, activations.n_samples, activations.n_dead,
         activations.subcomponents,
     )  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(folder) as new:
         new.mkdir()
         save(new, history, source, config)
-        title = f"{run_dir.path.name}, step {run.step}: clustering {name}"
+        title = f"{run_dir.path.name}, step {step}: clustering {name}"
         draw_clustering(history, activations, title, new / "clustering.png")
     print_groups(history, activations, config.alpha, console)
-    if run.config.data.kind == "sparse_features":
-        ci = single_feature_ci(d.model, n_features(d.config), device)
+    if d.config.data.kind == "sparse_features":
+        ci = single_feature_ci(d.model, n_features(d.config), d.dist.device)
         ci = {name: ci[name].cpu().numpy() for name in matching(list(ci), config.modules)}
         (labels,) = history.labels(n, np.array([history.best]))
         found = features_found(ci, activations.subcomponents, labels)
@@ -138,9 +135,7 @@ def main() -> int:
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", given.name):
             raise ValueError(f"--name {given.name!r}: letters, digits, . _ and - make a name")
         config, run_dir = load_config(given.config, given.overrides), find_run(given.run)
-        cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
-        device = torch.device("cuda" if cuda else "cpu")
-        folder = cluster_run(run_dir, given.name, config, device, console)
+        folder = cluster_run(run_dir, given.name, config, given.device, console)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -53,7 +53,7 @@ def hamming_distance(a: Labels, b: Labels) -> float:
     Groups that share nobody, not even by way of others, are matched apart from each other.
     """
     shared = _contingency(a, b)
-    n_rows = len(np.unique(a))
+    n_rows = shared.sum(axis=1).size
     graph = sparse.block_array([[None, shared], [shared.T, None]])
     part = sparse.csgraph.connected_components(graph, directed=False)[1]
     rows, columns = part[:n_rows], part[n_rows:]

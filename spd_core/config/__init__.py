@@ -44,6 +44,7 @@ class DecomposeConfig(BaseConfig):
     sampling: Literal["continuous", "binomial"]
     n_mask_samples: Count = Field(description="masks drawn per stochastic loss and step")
     delta_component: bool = Field(description="also mask the part of W that V U leaves out")
+    start: Literal["random", "examples"] = Field(description="examples = V reads single inputs")
     tied: list[tuple[str, str]] = Field(description="paths that start as each other's transpose")
     distance: Literal["mse", "kl"] = Field(description="between target and masked output")
 

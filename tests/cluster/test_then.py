@@ -124,10 +124,10 @@ def test_nothing_waits_for_a_run_that_failed_and_resume_sends_all_of_it_again(
 
 
 def test_a_step_that_needs_any_run_goes_ahead(launch: Launch, go: Path) -> None:
-    any_ = ["launch.then=[compare]", "launch.then_needs=any"]
+    any_ = ["launch.then=[report]", "launch.then_needs=any"]
     folder, [_, bad] = launch("-m", "seed=0,1", *any_, until(go, "fail"))
     wait_until(folder, bad, "failed")
-    wait_for(lambda: states(folder)["compare"] == "finished", 240, "compare to go ahead")
+    wait_for(lambda: states(folder)["report"] == "finished", 240, "the report to go ahead")
 
 
 def test_steps_are_cancelled_with_their_runs(

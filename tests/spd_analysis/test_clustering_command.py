@@ -4,14 +4,12 @@ import json
 import sys
 
 import pytest
-import torch
 from rich.console import Console
 
 from spd_analysis.clustering.__main__ import cluster_run, main
 from spd_analysis.clustering.config import DEFAULT, load_config
 
 SMALL = ("data={n_samples: 128, batch_size: 64}",)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -42,12 +40,12 @@ def test_the_command_leaves_history_and_picture_and_says_what_is_next(command, t
 def test_the_same_again_is_left_alone_and_another_is_refused(trained):
     run_dir, console = trained("a_run"), Console(quiet=True)
     config = load_config(DEFAULT, SMALL)
-    folder = cluster_run(run_dir, "x", config, CPU, console)
+    folder = cluster_run(run_dir, "x", config, "cpu", console)
     before = (folder / "history.npz").stat().st_mtime_ns
-    assert cluster_run(run_dir, "x", config, CPU, console) == folder
+    assert cluster_run(run_dir, "x", config, "cpu", console) == folder
     assert (folder / "history.npz").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="another clustering: give this one another --name"):
-        cluster_run(run_dir, "x", load_config(DEFAULT, [*SMALL, "seed=1"]), CPU, console)
+        cluster_run(run_dir, "x", load_config(DEFAULT, [*SMALL, "seed=1"]), "cpu", console)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -63,7 +61,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(arguments, message, command
     unfinished = run_dir.path.with_name("unfinished")
     unfinished.mkdir()
     (unfinished / "config.yaml").write_text(run_dir.config_file.read_text())
-    places = {"{run}": str(run_dir.path), "{unfinished}": str(unfinished)}
+    places = {"{run}": run_dir.path, "{unfinished}": unfinished}
     code, _, error = command(*(places.get(a, a) for a in arguments))
     assert code == 2 and error.startswith("error: ") and message in error
     assert not (run_dir.path / "clusterings").exists()
