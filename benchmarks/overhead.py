@@ -65,7 +65,7 @@ def measure(config: RunConfig, run_dir: RunDir, steps: int, every: int) -> dict[
         optimisation_step(d, optimizer, step, lambda _ci: None)
         step_s.append(time.perf_counter() - started)
         step_cpu_s.append(time.process_time() - cpu)
-    copied_s, written_s, checkpoint_cpu_s = [], [], []
+    copied_s, written_s, checkpoint_cpu_s, state = [], [], [], {}
     options = CheckpointConfig(every_steps=every, keep=2, keep_every=None)
     for step in range(1, N_CHECKPOINTS + 1):
         started, cpu = time.perf_counter(), time.process_time()
