@@ -170,7 +170,7 @@ def cut_network(scene: Scene) -> None:
 def _wait_until_lost(scene: Scene, node: str) -> None:
     (scene.run.orders / "pace").write_text(SLOW_PACE_S)  # that it does not end before
     shown = ("sinfo", "-h", "-n", node, "-o", "%T")
-    wait_for(lambda: "down" in slurm(*shown), 90, f"{node} to be lost")
+    wait_for(lambda: "down" in slurm(*shown), 180, f"{node} to be lost")
 
 
 def controller_down(scene: Scene) -> None:
