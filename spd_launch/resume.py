@@ -1,28 +1,41 @@
-"""python -m spd_launch.resume LAUNCH [TASK]: continue the runs that are neither finished nor live.
+"""python -m spd_launch.resume LAUNCH [TASK] [dp=N]: continue what is neither finished nor live.
 
 They keep their ids, configs and the code of the launch, and go on from their newest checkpoints.
 With a run goes the training of its target, where that has not finished, and the steps after it.
+dp=N goes on with N processes: the same batches and masks, so the same run but for the last digits.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from spd_core.config import config_to_yaml
+from spd_core.run_dir import write_atomic
 from spd_launch import ledger, slurm_state
 from spd_launch.__main__ import start
+from spd_launch.config import JobConfig, run_config
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed, observe, parser
-from spd_launch.plan import Task, step_tasks
+from spd_launch.plan import Task, shape, step_tasks
 from spd_launch.steps import STEPS
 
 
 def main() -> int:
     options = parser(__doc__ or "", nargs="one")
-    options.add_argument("task", nargs="?", help="index or part of the run id; default: all")
+    options.add_argument(
+        "task", nargs="*", metavar="TASK", help="index or part of the run id (default: all); dp=N"
+    )
     given = options.parse_args()
+    changes = [word for word in given.task if "=" in word]
+    names = [word for word in given.task if "=" not in word]
+    if len(names) > 1 or len(changes) > 1 or not all(re.fullmatch(r"dp=\d+", c) for c in changes):
+        raise LaunchError(f"{' '.join(given.task)!r}: one TASK at most, and dp=N; nothing else")
     launch = ledger.find_launch(given.launch, given.out_dir)
     info, rows = ledger.read_info(launch), ledger.read_rows(launch)
-    only = None if given.task is None else ledger.find_row(rows, given.task).name
+    only = ledger.find_row(rows, names[0]).name if names else None
     observed = observe(launch, rows)
     todo = _to_send(observed, only, info["kind"])
     if not todo:
@@ -32,6 +45,8 @@ def main() -> int:
     python_path = Path(info["python_path"])
     if not (python_path / "spd_launch").is_dir():
         raise LaunchError(f"the code of this launch is gone: {python_path}")
+    if changes:
+        _change_dp(launch, todo, int(changes[0].removeprefix("dp=")))
     if info["kind"] == "slurm":  # steps that wait for what will not come
         slurm_state.cancel_jobs(sorted({row.job_id for row in todo if row.live}))
     for row in todo:
@@ -60,6 +75,26 @@ def _to_send(observed: Sequence[Observed], only: str | None, kind: str) -> list[
         and not (kind == "local" and row.live)  # another process goes on to it by itself
     ]  # fmt: skip
     return found + steps
+
+
+def _change_dp(launch: LaunchDir, todo: Sequence[Observed], dp: int) -> None:
+    """Write another number of processes into the configs of the runs that go on.
+
+    Raises:
+        LaunchError: it does not fit a batch or the profile; then nothing is changed.
+    """
+    runs = [row.row for row in todo if row.row.goal == "decomposition"]
+    changed = []
+    for task in ledger.load_tasks(launch, runs):
+        try:
+            config = JobConfig.model_validate(dict(task.config) | {"dp": dp})
+        except ValidationError as error:
+            words = "; ".join(details["msg"] for details in error.errors())
+            raise LaunchError(f"{task.run_id} cannot go on with dp={dp}: {words}") from None
+        shape(config.cluster, dp)
+        changed.append((task.run_id, config))
+    for run_id, config in changed:
+        write_atomic(launch.run_dir(run_id).config_file, config_to_yaml(run_config(config)))
 
 
 def _tasks(launch: LaunchDir, todo: Sequence[Observed]) -> list[Task]:

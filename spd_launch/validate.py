@@ -90,7 +90,12 @@ def validate(values: dict[str, Any]) -> JobConfig:
         check_parts(config)
     except ValueError as error:
         raise LaunchError(str(error)) from None
-    cluster = config.cluster
+    cluster, out_dir = config.cluster, str(config.launch.out_dir)
+    if cluster.kind == "slurm" and ("%" in out_dir or not out_dir.isprintable()):
+        raise LaunchError(
+            f"launch.out_dir={out_dir!r}: Slurm takes % in the path of a log for a pattern, and "
+            "line ends for its end; choose another folder"
+        )
     if cluster.kind == "slurm" and cluster.signal_delay_s >= 60 * cluster.time_min:
         raise LaunchError(
             f"cluster.signal_delay_s={cluster.signal_delay_s} is no less than the time limit, "
