@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 
 from spd_launch.compose import PACKAGE_ROOT, compose
 from spd_launch.errors import exit_with
-from spd_launch.ledger import new_launch, record
+from spd_launch.freeze import record
+from spd_launch.ledger import new_launch
 from spd_launch.slurm_state import cancel_jobs
 from spd_launch.snapshot import drop_snapshot, take_snapshot
 from spd_launch.submit import submit
@@ -55,7 +56,7 @@ def measure(options: argparse.Namespace, out_dir: Path) -> dict[str, float | int
     with _timed(times, "snapshot_s"):
         code = take_snapshot(PACKAGE_ROOT, launch.code, plan.launch_id, out_dir)
     with _timed(times, "record_s"):
-        record(launch, plan, code.python_path, code.commit)
+        record(launch, plan, code, [])
     with _timed(times, "submit_s"):
         jobs = {} if options.dry else submit(launch, plan.tasks, code.python_path)
     times["total_s"] = time.perf_counter() - start

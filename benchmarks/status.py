@@ -20,8 +20,10 @@ from spd_core.run_dir import append_metrics
 from spd_launch.compose import PACKAGE_ROOT, compose
 from spd_launch.config import JobConfig
 from spd_launch.errors import exit_with
-from spd_launch.ledger import LaunchDir, new_launch, note_jobs, read_rows, record
+from spd_launch.freeze import record
+from spd_launch.ledger import LaunchDir, new_launch, note_jobs, read_rows
 from spd_launch.run_record import Status, write_status
+from spd_launch.snapshot import Snapshot
 from spd_launch.validate import validate
 
 COMMANDS = {
@@ -58,7 +60,7 @@ def make_launch(out_dir: Path, n_runs: int, n_records: int) -> LaunchDir:
         ({"seed": str(seed)}, first.model_copy(update={"seed": seed})) for seed in range(n_runs)
     ]
     plan, launch = new_launch(runs)
-    record(launch, plan, PACKAGE_ROOT, None)
+    record(launch, plan, Snapshot(PACKAGE_ROOT, None, None), [])
     note_jobs(launch, "submit", {row.name: f"7_{row.index}" for row in read_rows(launch)})
     for task in plan.tasks[:n_runs]:
         folder, steps = launch.run_dir(task.run_id), task.config.train.steps

@@ -28,7 +28,7 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from spd_analysis.launches import analysis_folder, check_checkpoints, find_runs, rewritten
+from spd_analysis.launches import analysis_folder, rewritten, with_checkpoints
 from spd_analysis.summary import short_names
 from spd_core import distributed
 from spd_core.component_model import ComponentModel
@@ -324,12 +324,11 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console()
     try:
-        runs = find_runs(arguments.runs)
-        check_checkpoints(runs)
+        runs = with_checkpoints(arguments.runs)
         settings = Settings(arguments.importance, arguments.density, arguments.steps)
         here = distributed.init(0, 1, 0, "", 0, arguments.device)
         summary = compare_runs(runs, settings, here)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: the store of data, say, cannot be reached
         print(f"error: {error}", file=sys.stderr)
         return 2
     folder = analysis_folder(arguments.runs, runs, "compare")

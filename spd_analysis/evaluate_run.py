@@ -25,7 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spd_analysis.launches import check_checkpoints, find_runs, rewritten
+from spd_analysis.launches import find_runs, rewritten, with_checkpoints
 from spd_analysis.processes import joined, run_here
 from spd_analysis.summary import columns_of, format_value
 from spd_core.checkpoint import checkpoint_steps, load_model, newest_valid_checkpoint
@@ -68,7 +68,7 @@ def evaluate_run(
     Raises:
         ValueError: a checkpoint is missing or damaged, or target or data cannot be had.
     """
-    run = _load(run_dir)
+    run = load_run(run_dir.path)
     set_ = {"batch_size": batch_size, "steps": n_batches}
     options = run.config.eval.model_copy(update={k: v for k, v in set_.items() if v is not None})
     if options.batch_size < dist.world_size:
@@ -100,13 +100,6 @@ def evaluate_run(
             if int(old.name.removeprefix("step_")) not in checkpoints:
                 shutil.rmtree(old)
     return evaluation
-
-
-def _load(run_dir: RunDir) -> LoadedRun:
-    try:
-        return load_run(run_dir.path)
-    except OSError as error:  # the store of data or targets is on another machine, say
-        raise ValueError(f"{run_dir.path} cannot be loaded: {error}") from None
 
 
 def load_checked(run_dir: RunDir, step: int, run: LoadedRun) -> dict[str, torch.Tensor]:
@@ -194,8 +187,7 @@ def _evaluate_all(arguments: argparse.Namespace, dist: Dist, console: Console) -
     if dist.is_main:
         find_runs(arguments.runs)  # a run of W&B is downloaded once, then found by all
     barrier(dist)
-    runs = find_runs(arguments.runs)
-    check_checkpoints(runs)
+    runs = with_checkpoints(arguments.runs)
     evaluations = []
     for run_dir in runs:
         if arguments.all_steps:
@@ -263,11 +255,11 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         if arguments.processes > 1 and "WORLD_SIZE" not in os.environ:
-            check_checkpoints(find_runs(arguments.runs))  # said once, not by every process
+            with_checkpoints(arguments.runs)  # what is wrong is said once, not by every process
             return run_here(arguments.processes, "spd_analysis.evaluate_run", sys.argv[1:])
         with joined(arguments.device) as dist:
             return _evaluate_all(arguments, dist, Console(quiet=not dist.is_main))
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: the store of data, say, cannot be reached
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -4,7 +4,6 @@ Beside the table: parallel coordinates, the runs' curves, small pictures of thei
 was found about the launch as a whole (`launches/ID/analysis/`).
 """
 
-import json
 import math
 import re
 from collections import Counter
@@ -13,12 +12,11 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import yaml
 
 from spd_analysis.evaluate_run import read_evaluations
-from spd_analysis.launches import runs_of, state_of
+from spd_analysis.launches import state_of, task_rows
 from spd_analysis.page import (
     CAPTIONS,
     analyses,
@@ -85,11 +83,12 @@ Columns = dict[str, list[Value]]  # name -> value of every run
 
 @dataclass(frozen=True)
 class Run:
-    """One row: what was asked of the run, and what came out (empty before an evaluation)."""
+    """One row: what came out of the run (empty before an evaluation), and in which of the fields
+    that were asked for it differs from other runs."""
 
     run_dir: RunDir
     config: RunConfig
-    overrides: dict[str, str]
+    settings: dict[str, Value]
     state: str
     values: dict[str, float]
 
@@ -103,7 +102,7 @@ def write_launch_report(launch: Path) -> Path:
     runs = _read_runs(launch)
     info = yaml.safe_load((launch / "launch.yaml").read_text())
     names = short_names([run.run_dir.path.name for run in runs])
-    settings = varying(runs)
+    settings = _settings(runs)
     results = _columns([run.values for run in runs], runs[0].config)
     states: Columns = {"state": [run.state for run in runs]}
     table = _table(runs, names, states | settings | results)
@@ -129,35 +128,30 @@ def write_launch_report(launch: Path) -> Path:
 
 
 def _read_runs(launch: Path) -> list[Run]:
-    lines = (launch / "tasks.jsonl").read_text().splitlines()
-    overrides = {row["run_id"]: row["overrides"] for row in map(json.loads, lines)}
     runs = []
-    for run_dir in runs_of(launch):
-        try:
-            values = final_metrics(run_dir)
-        except ValueError:  # not evaluated yet: its row stays empty
-            values = {}
-        config, typed = load_config(run_dir.config_file), overrides[run_dir.path.name]
-        runs.append(Run(run_dir, config, typed, state_of(run_dir), values))
+    for row in task_rows(launch):
+        if row["goal"] == "decomposition":
+            run_dir = RunDir(launch.parent.parent / "runs" / row["run_id"])
+            try:
+                values = final_metrics(run_dir)
+            except ValueError:  # not evaluated yet: its row stays empty
+                values = {}
+            config = load_config(run_dir.config_file)
+            typed = {"experiment", "seed", *row["overrides"]}
+            settings: dict[str, Value] = {
+                field: value if isinstance(value, int | float | str | None) else str(value)
+                for field, value in row["varies"].items()
+                if any(field == key or field.startswith(f"{key}.") for key in typed)
+            }
+            runs.append(Run(run_dir, config, settings, state_of(run_dir), values))
+    if not runs:
+        raise ValueError(f"{launch} trained targets only: there is no decomposition to look at")
     return runs
 
 
-def varying(runs: Sequence[Run]) -> Columns:
-    """Of what was typed for the launch, the fields that differ: field -> value of every run."""
-    fields = dict.fromkeys(key.lstrip("+") for run in runs for key in run.overrides)
-    columns = {field: [_field(run, field) for run in runs] for field in fields}
-    return {field: values for field, values in columns.items() if len(set(values)) > 1}
-
-
-def _field(run: Run, field: str) -> Value:
-    """A field of the run's config by its dotted path; what is none stays as it was typed."""
-    at: Any = run.config.model_dump(mode="json")
-    for part in field.split("."):
-        if not isinstance(at, dict) or part not in at:
-            typed = {key.lstrip("+"): value for key, value in run.overrides.items()}
-            return typed.get(field)  # not of the config: cluster=..., which not all runs may have
-        at = at[part]
-    return at if isinstance(at, int | float) and not isinstance(at, bool) else str(at)
+def _settings(runs: Sequence[Run]) -> Columns:
+    fields = dict.fromkeys(field for run in runs for field in run.settings)
+    return {field: [run.settings.get(field) for run in runs] for field in fields}
 
 
 def _columns(values: Sequence[dict[str, float]], config: RunConfig) -> Columns:

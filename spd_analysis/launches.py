@@ -8,14 +8,16 @@ found about a launch goes to `launches/ID/analysis/NAME/`: summary.json, and pic
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from spd_core.load import find_run
 from spd_core.run_dir import RunDir, written_whole
 
-PLAN = "plan.json"  # what makes a folder that of a launch
+TASKS = "tasks.jsonl"  # what makes a folder that of a launch
 
 
 def find_launch(reference: str) -> Path | None:
@@ -26,9 +28,9 @@ def find_launch(reference: str) -> Path | None:
     """
     outputs = Path(os.environ.get("SPD_OUT_DIR", "outputs")).absolute()
     for folder in (Path(reference).absolute(), outputs / "launches" / reference):
-        if (folder / PLAN).is_file():
+        if (folder / TASKS).is_file():
             return folder
-    files = sorted(outputs.glob(f"launches/*/{PLAN}"), key=lambda f: f.stat().st_mtime_ns)
+    files = sorted(outputs.glob(f"launches/*/{TASKS}"), key=lambda f: f.stat().st_mtime_ns)
     launches = [file.parent for file in files]
     if reference == "latest":
         return launches[-1] if launches else None
@@ -40,14 +42,18 @@ def find_launch(reference: str) -> Path | None:
     return found[0] if found else None
 
 
+def task_rows(launch: Path) -> list[dict[str, Any]]:
+    """What the launcher wrote of every task: run_id, goal, overrides, varies, and more."""
+    return [json.loads(line) for line in (launch / TASKS).read_text().splitlines()]
+
+
 def runs_of(launch: Path) -> list[RunDir]:
-    """The decompositions of a launch, in the order of its plan.
+    """The decompositions of a launch, in the order of its tasks.
 
     Raises:
         ValueError: the launch only trained targets.
     """
-    arrays = json.loads((launch / PLAN).read_text())["arrays"]
-    ids = [run_id for a in arrays if a["goal"] == "decomposition" for run_id in a["runs"]]
+    ids = [row["run_id"] for row in task_rows(launch) if row["goal"] == "decomposition"]
     runs = [RunDir(launch.parent.parent / "runs" / run_id) for run_id in ids]
     if not runs:
         raise ValueError(f"{launch} trained targets only: there is no decomposition to look at")
@@ -75,22 +81,27 @@ def state_of(run_dir: RunDir) -> str:
     return json.loads(run_dir.status_file.read_text())["state"]
 
 
-def check_checkpoints(runs: Sequence[RunDir]) -> None:
-    """Refuse runs that have nothing to load yet.
+def with_checkpoints(references: Sequence[str]) -> list[RunDir]:
+    """The runs of all references that can be loaded.
+
+    Of launches, runs without a checkpoint are left out, which is said on stderr.
 
     Raises:
-        ValueError: names their folders, and how far each came.
+        ValueError: a reference names neither a run nor a launch, no run has a checkpoint, or one
+            that is named by itself has none.
     """
+    runs = find_runs(references)
     lacking = [run_dir for run_dir in runs if not any(run_dir.checkpoints.glob("step_*"))]
     if not lacking:
-        return
-    told = [f"{run_dir.path} ({state_of(run_dir)})" for run_dir in lacking]
-    others = [run_dir.path.name for run_dir in runs if run_dir not in lacking]
-    advice = f", or give those that have one: {' '.join(others)}" if others else ""
-    raise ValueError(
-        f"no checkpoint in {', '.join(told)}: continue them with "
-        f"`python -m spd_launch.resume LAUNCH`{advice}"
-    )
+        return runs
+    told = ", ".join(f"{run_dir.path} ({state_of(run_dir)})" for run_dir in lacking)
+    if len(lacking) == len(runs) or not all(map(find_launch, references)):
+        raise ValueError(
+            f"no checkpoint in {told}: continue with `python -m spd_launch.resume LAUNCH`, "
+            "or give other runs"
+        )
+    print(f"left out, as there is no checkpoint: {told}", file=sys.stderr)
+    return [run_dir for run_dir in runs if run_dir not in lacking]
 
 
 def analysis_folder(references: Sequence[str], runs: Sequence[RunDir], name: str) -> Path:

@@ -15,6 +15,7 @@ from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.data.batches import Decomposition
+from spd_core.data.start import start_from_examples
 from spd_core.distributed import Dist, over_ranks
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
 from spd_core.losses.distance import faithfulness
@@ -100,6 +101,8 @@ def _start(t: Training, run_dir: RunDir, console: Console) -> int:
     distributed.broadcast(newest, t.dist)
     step = int(newest)
     if step == 0:
+        if t.config.decompose.start == "examples":
+            start_from_examples(t)
         faithfulness_warm_up(t.config, t.model)
     else:
         folder = run_dir.checkpoints / f"step_{step}"
@@ -131,7 +134,7 @@ def _loop(
 ) -> Literal["finished", "stopped"]:
     config, dist, steps = t.config, t.dist, t.config.train.steps
     alive, l0 = config.eval.metrics.alive_components, config.eval.metrics.ci_l0
-    l0_of_step: Sums = {}
+    save, l0_of_step = checkpoint.save_checkpoint, Sums()
 
     def observe(ci: dict[str, CausalImportance]) -> None:
         if alive is not None:
@@ -173,8 +176,7 @@ def _loop(
             if dist.is_main:
                 writing.result()  # one after the other
                 state = checkpoint.training_state(t.model, t.optimizer, extra)
-                job = checkpoint.save_checkpoint, run_dir, step, state, config.checkpoint
-                writing = writer.submit(*job)
+                writing = writer.submit(save, run_dir, step, state, config.checkpoint)
             saving_s += time.perf_counter() - began
         if writing.done() or stopping or step == steps:
             writing.result()  # what cannot be written ends the run

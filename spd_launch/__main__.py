@@ -5,7 +5,6 @@ Compose, validate, plan, take a snapshot of the code, then run here or submit to
 
 import argparse
 import sys
-from collections import Counter
 from pathlib import Path
 
 from spd_launch.compose import (
@@ -41,6 +40,16 @@ def main() -> int:
         # Look for a user's own parts where the run will: not in the current folder.
         sys.path[0] = str(PACKAGE_ROOT)
     options = _parser().parse_intermixed_args()
+    if options.completion:
+        from spd_launch.completion import SCRIPTS
+
+        print(SCRIPTS[options.completion])
+        return 0
+    if options.complete is not None:
+        from spd_launch.completion import candidates
+
+        print("\n".join(candidates(options.complete)))
+        return 0
     composed = compose(options.overrides, options.multirun)
     if any("cluster" not in run.overrides for run in composed):
         print(f"cluster={default_cluster()}: {_why_default()}", file=sys.stderr)
@@ -66,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         "-m", "--multirun", action="store_true", help="run every value of a=1,2 lists"
     )
     parser.add_argument("--cfg", choices=["job"], help="print the composed config and do nothing")
+    parser.add_argument(
+        "--completion", choices=["bash", "zsh"], help="print what the shell needs to complete words"
+    )
+    parser.add_argument("--complete", metavar="WORD", help=argparse.SUPPRESS)
     return parser
 
 
@@ -85,29 +98,38 @@ def _show_config(composed: list[Composed]) -> int:
 def launch(composed: list[Composed]) -> int:
     """Validate every run, then send all of them or none."""
     from spd_core.targets.store import target_name
+    from spd_launch.done import leave_out_done
+    from spd_launch.freeze import record
     from spd_launch.inputs import check_inputs
-    from spd_launch.ledger import all_or_nothing, new_launch, read_rows, record, stored_targets
+    from spd_launch.ledger import all_or_nothing, new_launch, read_rows, stored_targets
     from spd_launch.plan import make_plan, step_tasks
     from spd_launch.snapshot import Snapshot, take_snapshot
     from spd_launch.validate import validate_all
 
     runs = validate_all(composed)
     options = runs[0][1].launch
+    runs, done = leave_out_done(runs, print)
+    if not runs:
+        print("nothing to do")
+        return 0
     plan = make_plan(runs, "DRYRUN", "0000", stored_targets(runs))
-    if options.dry_run:
-        return _show_plan(plan)
-    for config in {target_name(config): config for _, config in runs}.values():
-        check_inputs(config)
-    _take_targets([config for _, config in runs])
+    if options.dry_run and plan.tasks:
+        from spd_launch.dry_run import show
+
+        return show(plan)
+    if not options.dry_run:
+        for config in {target_name(config): config for _, config in runs}.values():
+            check_inputs(config)
+        _take_targets([config for _, config in runs])
     if not plan.tasks:
         print(f"nothing to do: every target is in {options.out_dir / 'targets'}")
         return 0
     plan, folder = new_launch(runs)
     with all_or_nothing(folder, plan):
-        code = Snapshot(PACKAGE_ROOT, None)
+        code = Snapshot(PACKAGE_ROOT, None, None)
         if options.snapshot == "copy":
             code = take_snapshot(PACKAGE_ROOT, folder.code, plan.launch_id, options.out_dir)
-        record(folder, plan, code.python_path, code.commit)
+        record(folder, plan, code, done)
         steps = [row for row in read_rows(folder) if row.goal in STEPS]
         tasks = plan.tasks + step_tasks(steps, {t.run_id: t.config for t in plan.tasks})
         return start(folder, tasks, plan.cluster.kind, code.python_path)
@@ -134,54 +156,34 @@ def _take_targets(configs) -> None:
 
 def start(folder, tasks, kind: str, python_path: Path) -> int:
     """Run here or submit; says how to follow, resume and cancel."""
+    from spd_launch.plan import in_words
+
+    waits = tasks[0].config.launch.wait
     if kind == "local":
         from spd_launch.local import run_here
 
-        print(f"launch {folder.launch_id}: {_count(tasks)} here", flush=True)
+        print(f"launch {folder.launch_id}: {in_words(tasks)} here", flush=True)
         code = run_here(folder, tasks, python_path)
-        if code:
+        if waits:
+            from spd_launch.status import look, print_launch
+
+            print_launch(folder, look(folder))
+        elif code:
             print(f"not finished; continue with: python -m spd_launch.resume {folder.launch_id}")
         return code
     from spd_launch.submit import submit
 
     jobs = submit(folder, tasks, python_path)
     ids = sorted({job.split("_")[0] for job in jobs.values()}, key=int)
-    print(f"launch  {folder.launch_id}: {_count(tasks)}, job {' '.join(ids)}")
+    print(f"launch  {folder.launch_id}: {in_words(tasks)}, job {' '.join(ids)}")
     print(f"logs    {folder.logs}")
     for verb in ("status", "logs", "resume", "cancel"):
         follow = " -f" if verb == "logs" else ""
         print(f"{verb:8}python -m spd_launch.{verb} {folder.launch_id}{follow}")
-    return 0
+    if waits:
+        from spd_launch.wait import wait
 
-
-def _count(tasks) -> str:
-    n = Counter({"target": "target", "decomposition": "run"}.get(t.goal, "step") for t in tasks)
-    parts = [f"{n[kind]} {kind}(s)" for kind in ("target", "run", "step") if n[kind]]
-    return " and ".join(parts)
-
-
-def _show_plan(plan) -> int:
-    for array in plan.arrays:
-        place = (
-            "here"
-            if array.cluster.kind == "local"
-            else f"partition {array.cluster.partition or '(default)'}"
-        )
-        print(
-            f"cluster={array.cluster.name}, {place}: {_count(array.tasks)}, each "
-            f"{array.nodes} node(s) x {array.tasks_per_node} process(es), "
-            f"{array.cluster.time_min} min"
-        )
-        for task in array.tasks:
-            typed = " ".join(f"{key}={value}" for key, value in task.overrides.items())
-            after = "" if task.after is None else f"   after {task.after}"
-            print(f"  {task.run_id}   {typed}{after}")
-    launch = plan.tasks[0].config.launch
-    for step in launch.then:
-        each = f"{launch.then_needs} of the runs have finished"
-        each = "a run has finished, for that run" if STEPS[step].of_each == "run" else each
-        print(f"then {step}, when {each}")
-    print("dry run: nothing written, nothing sent")
+        return wait(folder)
     return 0
 
 

@@ -120,7 +120,7 @@ def _each(argument: str, override: "Override") -> "list[Override]":
             "sweep file draws from an interval (docs/sweeps.md)"
         )
     if isinstance(glob := override.value(), Glob):
-        names = _names_in(override.key_or_group)
+        names = names_in(override.key_or_group)
         values: list[Any] = glob.filter(names)
         if not values:
             valid = nearest(" ".join(glob.include), names)
@@ -130,7 +130,7 @@ def _each(argument: str, override: "Override") -> "list[Override]":
     return [replace(override, value_type=ValueType.ELEMENT, _value=value) for value in values]
 
 
-def _names_in(group: str) -> list[str]:
+def names_in(group: str) -> list[str]:
     """What a group of config files has to choose from."""
     if group == "cluster":
         return cluster_names()
@@ -231,7 +231,7 @@ def _check_names(runs: list[dict[str, Setting]]) -> None:
             f"choose an experiment: +experiment=NAME{nearest('', experiment_names())}"
         )
     for group in ("experiment", "cluster"):
-        valid = _names_in(group)
+        valid = names_in(group)
         for name in dict.fromkeys(run[group].shown for run in runs if group in run):
             if name not in valid:
                 raise LaunchError(f"no {group} named {name!r}{nearest(name, valid)}")

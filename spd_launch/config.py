@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from spd_core.base_config import BaseConfig, Count, Positive
-from spd_core.config import RunConfig
+from spd_core.config import RunConfig, WandbConfig, config_digest
 
 
 class ClusterConfig(BaseConfig):
@@ -37,8 +37,12 @@ class LaunchConfig(BaseConfig):
         description="target = only put the target into the store, where runs find it"
     )
     dry_run: bool
+    wait: bool = Field(description="come back when all is over, with code 1 if a run failed")
     max_parallel: Count | None = Field(description="array tasks at one time; null = no limit")
     snapshot: Literal["copy", "off"]
+    if_done: Literal["auto", "skip", "rerun", "ask"] = Field(
+        description="what to do with a run that has finished before; auto = skip in sweeps"
+    )
     max_requeues: Annotated[int, Field(ge=0)]
     then: list[str] = Field(description="steps that follow the runs, in this order")
     then_needs: Literal["all", "any"] = Field(description="runs that steps of the launch need")
@@ -54,3 +58,14 @@ class JobConfig(RunConfig):
 def run_config(job: JobConfig) -> RunConfig:
     """What is trained, alone: the same wherever and however it runs."""
     return RunConfig(**{name: getattr(job, name) for name in RunConfig.model_fields})
+
+
+def result_digest(job: JobConfig) -> str:
+    """The same for two runs that give the same result: names and W&B play no part.
+
+    `dp` and `train.device` do: they change the last digits, which training carries far.
+    """
+    run = run_config(job)
+    wandb = WandbConfig(mode="disabled", project="", entity=None, group=None, tags=[])
+    track = run.track.model_copy(update={"wandb": wandb})
+    return config_digest(run.model_copy(update={"experiment": "", "track": track}))

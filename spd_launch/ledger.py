@@ -8,10 +8,8 @@ looks at a launch reads `tasks.jsonl`, and leaves the runs' configs alone: a tho
 import json
 import os
 import secrets
-import shlex
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +19,11 @@ from typing import Any
 
 import yaml
 
-from spd_core.config import RunConfig, config_digest, config_to_yaml, load_config
+from spd_core.config import RunConfig, load_config
 from spd_core.run_dir import RunDir, write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
-from spd_launch.config import JobConfig, run_config
+from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.plan import LaunchPlan, Task, make_plan, shape
 from spd_launch.run_record import ERROR, Status, read_status, write_status
@@ -135,50 +133,6 @@ def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
         raise
 
 
-def record(launch: LaunchDir, plan: LaunchPlan, python_path: Path, commit: str | None) -> None:
-    """Write what is launched, and every run's frozen config: all before the first submission.
-
-    A run's folder says what is trained; where and how it runs stands in the launch's own.
-    """
-    info = {
-        "launch_id": plan.launch_id,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(sys.argv),
-        "cwd": str(Path.cwd()),
-        "host": socket.gethostname(),
-        "python": sys.executable,
-        "python_path": str(python_path),
-        "commit": commit,
-        "kind": plan.cluster.kind,
-        "then": plan.tasks[0].config.launch.then,
-        "then_needs": plan.tasks[0].config.launch.then_needs,
-    }
-    for task in plan.tasks:
-        run_dir = launch.run_dir(task.run_id)
-        write_atomic(run_dir.config_file, config_to_yaml(run_config(task.config)))
-        write_status(run_dir, pending(n_steps(task.config)))
-    differences = varying([flat(run_config(task.config)) for task in plan.tasks])
-    rows = [_row(task, values) for task, values in zip(plan.tasks, differences, strict=True)]
-    write_atomic(launch.tasks_file, "".join(json.dumps(row) + "\n" for row in rows))
-    write_atomic(launch.plan_file, json.dumps(describe(plan), indent=1) + "\n")
-    write_atomic(launch.launch_file, yaml.safe_dump(info, sort_keys=False))
-
-
-def _row(task: Task, varies: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "index": task.index,
-        "run_id": task.run_id,
-        "overrides": task.overrides,
-        "after": task.after,
-        "digest": config_digest(run_config(task.config)),
-        "goal": task.goal,
-        "target": target_name(task.config),
-        "varies": varies,
-        "cluster": task.config.cluster.model_dump(mode="json"),
-        "launch": task.config.launch.model_dump(mode="json"),
-    }
-
-
 def flat(config: RunConfig) -> dict[str, Any]:
     """Dotted name -> value."""
 
@@ -200,22 +154,6 @@ def varying(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         k for k in keys if any(c.get(k, missing) != configs[0].get(k, missing) for c in configs)
     ]
     return [{key: config[key] for key in several if key in config} for config in configs]
-
-
-def describe(plan: LaunchPlan) -> dict[str, Any]:
-    """The plan as plain data."""
-    arrays = [
-        {
-            "cluster": array.cluster.name,
-            "nodes": array.nodes,
-            "tasks_per_node": array.tasks_per_node,
-            "goal": array.tasks[0].goal,
-            "after": array.tasks[0].after,
-            "runs": [task.run_id for task in array.tasks],
-        }
-        for array in plan.arrays
-    ]
-    return {"launch_id": plan.launch_id, "arrays": arrays}
 
 
 def mark(folder: RunDir, state: str) -> None:
@@ -263,13 +201,17 @@ def note_jobs(launch: LaunchDir, kind: str, jobs: dict[str, str]) -> None:
 def latest_jobs(launch: LaunchDir) -> dict[str, str]:
     """run id -> the job it was last given."""
     jobs: dict[str, str] = {}
-    if launch.jobs_file.exists():
-        for line in launch.jobs_file.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):
-                continue  # half written
-            entry = json.loads(line)
-            jobs.update(entry["jobs"] if entry["kind"] != "cancel" else {})
+    for entry in _job_lines(launch):
+        jobs.update(entry["jobs"] if entry["kind"] != "cancel" else {})
     return jobs
+
+
+def _job_lines(launch: LaunchDir) -> list[dict[str, Any]]:
+    """What was noted, but for a last line without its end: it is being written, or never was."""
+    if not launch.jobs_file.exists():
+        return []
+    lines = launch.jobs_file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_info(launch: LaunchDir) -> dict[str, Any]:
@@ -278,10 +220,7 @@ def read_info(launch: LaunchDir) -> dict[str, Any]:
 
 def known_jobs(launch: LaunchDir) -> set[str]:
     """Every job that was ever noted."""
-    if not launch.jobs_file.exists():
-        return set()
-    lines = launch.jobs_file.read_text().splitlines()
-    return {job for line in lines for job in json.loads(line)["jobs"].values()}
+    return {job for entry in _job_lines(launch) for job in entry["jobs"].values()}
 
 
 def read_rows(launch: LaunchDir) -> list[Row]:

@@ -25,7 +25,7 @@ def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int
     job_id = f"local-{os.getpid()}"
     note_jobs(launch, "local", {task.run_id: job_id for task in tasks})
     worst = 0
-    with _term_is_interrupt():
+    with term_is_interrupt():
         for task in tasks:
             if len(tasks) > 1:
                 print(f"[{task.index + 1}/{len(tasks)}] {task.run_id}", flush=True)
@@ -40,12 +40,17 @@ def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int
     return worst
 
 
-def _run_one(launch: LaunchDir, task: Task, python_path: Path, job_id: str) -> int:
+def rank_command(launch: LaunchDir, task: Task) -> list[str]:
+    """What each rank of the task runs, here and on Slurm."""
     module = "spd_launch.then" if task.goal in STEPS else "spd_launch.task"
+    return [sys.executable, "-m", module, str(launch.path), task.run_id]
+
+
+def _run_one(launch: LaunchDir, task: Task, python_path: Path, job_id: str) -> int:
     dp = task.nodes * task.tasks_per_node
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", module, str(launch.path), task.run_id],
+            rank_command(launch, task),
             env={
                 **os.environ,
                 **rank_environment(task.config.cluster, python_path),
@@ -102,7 +107,8 @@ def _end(ranks: list[subprocess.Popen[bytes]], grace_s: float) -> None:
 
 
 @contextmanager
-def _term_is_interrupt() -> Iterator[None]:
+def term_is_interrupt() -> Iterator[None]:
+    """Who is asked to end ends as by Ctrl-C: with what it has to do first."""
     old = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

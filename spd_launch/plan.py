@@ -147,6 +147,13 @@ def group(tasks: Sequence[Task]) -> tuple[Array, ...]:
     )
 
 
+def in_words(tasks: Sequence[Task]) -> str:
+    """How many targets, runs and steps these are."""
+    n = Counter({"target": "target", "decomposition": "run"}.get(t.goal, "step") for t in tasks)
+    parts = [f"{n[kind]} {kind}(s)" for kind in ("target", "run", "step") if n[kind]]
+    return " and ".join(parts)
+
+
 def step_tasks(rows: Sequence[Row], configs: Mapping[str, JobConfig]) -> list[Task]:
     """Steps as tasks of one process; `configs` has those of their runs, and first the first's."""
     return [

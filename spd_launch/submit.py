@@ -8,8 +8,9 @@ import io
 import os
 import re
 import shlex
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from spd_launch import slurm_state, task, then
 from spd_launch.compose import template_folders
 from spd_launch.config import ClusterConfig
 from spd_launch.errors import LaunchError, nearest
-from spd_launch.ledger import LaunchDir, latest_jobs, note_jobs, read_info, read_rows
+from spd_launch.ledger import LaunchDir, latest_jobs, note_jobs, read_rows
+from spd_launch.local import term_is_interrupt
 from spd_launch.plan import Array, Task, group, step_arrays
-from spd_launch.steps import STEPS
+from spd_launch.steps import STEPS, Row
 
 # A rank that dies ends its peers, which would wait for it in a collective for ever.
 SRUN = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append", "--export=ALL"]
@@ -42,21 +44,66 @@ def submit(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> dict[
     before = set(slurm_state.live_jobs(launch.launch_id))
     # When a launch is resumed, its targets and other runs may be done, or still at work.
     live = {run_id: job for run_id, job in latest_jobs(launch).items() if job in before}
-    jobs: dict[str, str] = {}
+    limit = slurm_state.array_limit() if len(tasks) > 1 else 1
+
+    def send(array: Array, n_arrays: int, dependency: str | None) -> dict[str, str]:
+        return _send(launch, array, python_path, n_arrays, dependency)
+
+    with term_is_interrupt(), _outside_of_jobs():
+        try:
+            return send_all(tasks, read_rows(launch), limit, live, send)
+        except BaseException as error:
+            _take_back(launch, before, error)
+            raise
+
+
+def _take_back(launch: LaunchDir, before: set[str], error: BaseException) -> None:
+    """Cancel what a launch that was refused or interrupted had sent already, and say so."""
+    again = f"python -m spd_launch.cancel {launch.launch_id}"
     try:
-        limit = slurm_state.array_limit() if len(tasks) > 1 else 1
-        chunks = split(group([task for task in tasks if task.goal not in STEPS]), limit)
-        goals = Counter(chunk.tasks[0].goal for chunk in chunks)
-        with _outside_of_jobs():
-            for chunk in chunks:
-                first = chunk.tasks[0]
-                after = (live | jobs).get(first.after) if first.after else None
-                dependency = None if after is None else f"afterok:{after}"
-                jobs |= _send(launch, chunk, python_path, goals[first.goal], dependency)
-            _send_steps(launch, tasks, python_path, live, jobs, limit)
-    except BaseException:
-        slurm_state.cancel_jobs(sorted(set(slurm_state.live_jobs(launch.launch_id)) - before))
-        raise
+        sent = sorted(set(slurm_state.live_jobs(launch.launch_id)) - before)
+        slurm_state.cancel_jobs(sent)
+    except LaunchError as problem:
+        raise LaunchError(
+            f"{error or 'interrupted'}\n       What was sent before could not be cancelled: "
+            f"{problem}\n       When Slurm answers again: {again}"
+        ) from None
+    if sent:
+        print(f"not sent whole: the {len(sent)} job(s) sent before are cancelled", file=sys.stderr)
+
+
+def send_all(
+    tasks: Sequence[Task],
+    rows: Sequence[Row],
+    limit: int,
+    live: dict[str, str],
+    send: Callable[[Array, int, str | None], dict[str, str]],
+) -> dict[str, str]:
+    """Call `send` for array after array: targets, runs, then the steps in their order.
+
+    `send` takes an array of at most `limit` tasks, how many arrays share `max_parallel`, and the
+    dependency in Slurm's words; it returns run id -> job id, and so does this for all of them.
+    `rows` are all of the launch, `live` the jobs that were sent before and are not over.
+    """
+    jobs: dict[str, str] = {}
+    chunks = split(group([task for task in tasks if task.goal not in STEPS]), limit)
+    goals = Counter(chunk.tasks[0].goal for chunk in chunks)
+    for chunk in chunks:
+        first = chunk.tasks[0]
+        after = (live | jobs).get(first.after) if first.after else None
+        jobs |= send(chunk, goals[first.goal], None if after is None else f"afterok:{after}")
+
+    names = {row.name for row in rows if row.goal == "decomposition"}
+    # What every run's chain ends with so far, and (None) the last step of the whole launch.
+    ends: dict[str | None, str] = {n: job for n, job in (live | jobs).items() if n in names}
+    options = tasks[0].config.launch
+    for step in options.then:
+        mine = [task for task in tasks if task.goal == step]
+        for array, dependency in step_arrays(mine, ends, jobs.values(), options.then_needs):
+            for chunk in split([array], limit):
+                jobs |= send(chunk, 1, dependency)
+        steps = [row for row in rows if row.goal == step]
+        ends |= {row.after: job for row in steps if (job := (live | jobs).get(row.name))}
     return jobs
 
 
@@ -67,31 +114,6 @@ def split(arrays: Sequence[Array], limit: int) -> list[Array]:
         for array in arrays
         for start in range(0, len(array.tasks), limit)
     ]
-
-
-def _send_steps(
-    launch: LaunchDir,
-    tasks: Sequence[Task],
-    python_path: Path,
-    live: dict[str, str],
-    jobs: dict[str, str],
-    limit: int,
-) -> None:
-    """Send the steps among the tasks in their order; adds their jobs to `jobs`.
-
-    `live` are jobs of this launch that were sent before, `jobs` those that are sent now.
-    """
-    info, rows = read_info(launch), read_rows(launch)
-    names = {row.name for row in rows if row.goal == "decomposition"}
-    # What every run's chain ends with so far, and (None) the last step of the whole launch.
-    ends: dict[str | None, str] = {n: job for n, job in (live | jobs).items() if n in names}
-    for step in info["then"]:
-        mine = [task for task in tasks if task.goal == step]
-        for array, dependency in step_arrays(mine, ends, jobs.values(), info["then_needs"]):
-            for chunk in split([array], limit):
-                jobs |= _send(launch, chunk, python_path, 1, dependency)
-        steps = [row for row in rows if row.goal == step]
-        ends |= {row.after: job for row in steps if (job := (live | jobs).get(row.name))}
 
 
 def _send(
@@ -115,6 +137,24 @@ def _send(
     jobs = {name: job.job_id for name, job in zip(names, sent, strict=True)}
     note_jobs(launch, "submit", jobs)
     return jobs
+
+
+def script(
+    launch: LaunchDir, array: Array, python_path: Path, n_arrays: int, dependency: str | None
+) -> str:
+    """The script that `_send` would hand to sbatch, written by submitit, also without a Slurm."""
+    from submitit import SlurmExecutor
+
+    class Writer(SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 1
+
+    writer = Writer(launch.logs)
+    writer.update_parameters(**job_parameters(launch, array, python_path, n_arrays, dependency))
+    if len(array.tasks) > 1:
+        writer.parameters["map_count"] = len(array.tasks)
+    return writer._make_submission_file_text(writer._submitit_command_str, "")
 
 
 def job_parameters(
@@ -177,17 +217,22 @@ def _copy_setup(launch: LaunchDir, cluster: ClusterConfig) -> None:
     """Freeze the profile's shell file: later edits must not reach queued jobs."""
     if cluster.setup is None or _setup_copy(launch, cluster.setup).exists():
         return
-    files = [folder / cluster.setup for folder in template_folders()]
+    found = setup_file(cluster.setup)
+    copy = _setup_copy(launch, cluster.setup)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(found.read_text())
+
+
+def setup_file(name: str) -> Path:
+    """The shell file of slurm_templates/ that `cluster.setup` names."""
+    files = [folder / name for folder in template_folders()]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
         names = [str(f.relative_to(d)) for d in template_folders() for f in d.rglob("*.sh")]
         raise LaunchError(
-            f"cluster.setup={cluster.setup}: no such file in slurm_templates/"
-            f"{nearest(cluster.setup, names)}"
+            f"cluster.setup={name}: no such file in slurm_templates/{nearest(name, names)}"
         )
-    copy = _setup_copy(launch, cluster.setup)
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.write_text(found.read_text())
+    return found
 
 
 @contextmanager

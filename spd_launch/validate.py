@@ -107,11 +107,11 @@ def _line(details: ErrorDetails, path: list[str], schema: type[BaseModel]) -> st
     if details["type"] == "extra_forbidden":
         parent = ".".join(path[:-1])
         where = f"in {parent}" if parent else "at the top level"
-        valid = nearest(path[-1], _names(path[:-1], schema))
+        valid = nearest(path[-1], field_names(path[:-1], schema))
         return f"{name}={given}: no field {path[-1]!r} {where}{valid}"
     parent = ".".join(path[:-1])
     group = ".".join(path[:-2])
-    parts = _names(path[:-2], schema) if group in ("losses", "eval.metrics") else set()
+    parts = field_names(path[:-2], schema) if group in ("losses", "eval.metrics") else set()
     if parts and path[-2] not in parts and details["type"] == "missing" and "path" not in given:
         kind = "loss" if path[0] == "losses" else "metric"
         return (
@@ -140,13 +140,18 @@ def _path(details: ErrorDetails, values: Any) -> list[str]:
     return path
 
 
-def _names(path: list[str], schema: type[BaseModel]) -> set[str]:
+def field_names(path: list[str], schema: type[BaseModel]) -> set[str]:
     """The fields that the schema has at this place."""
+    models = [t for t in types_at(path, schema) if isinstance(t, type) and issubclass(t, BaseModel)]
+    return {name for model in models for name in _fields(model)}
+
+
+def types_at(path: list[str], schema: type[BaseModel]) -> list[Any]:
+    """What may stand at this place of the schema: the members of a union one by one."""
     types: list[Any] = [schema]
     for key in path:
         types = [inner for outer in types for inner in _inside(outer, key)]
-    models = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
-    return {name for model in models for name in _fields(model)}
+    return types
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from spd_core.base_config import BaseConfig, Count, CustomConfig, Fraction, Positive, ScheduleConfig
 
-When = Literal["fast", "slow"] | Count
-"""fast = at every eval, slow = at the slow ones, a number = every so many steps."""
+When = Literal["fast", "slow"] | Count  # at every eval, at the slow ones, every so many steps
 
 
 class LossConfig(BaseConfig):

@@ -14,8 +14,7 @@ from spd_core.losses.distance import distance
 from spd_core.masks import stochastic_masks
 from spd_core.metrics import Sums, add, matching
 
-RESERVED = ("target", "zero_masked")
-"""What no set of modules may be called, because every result holds these."""
+RESERVED = ("target", "zero_masked")  # no set of modules is called so: every result holds these
 
 
 def ce_and_kl_sums(model: ComponentModel, batch: Batch, rounding_threshold: float) -> Sums:

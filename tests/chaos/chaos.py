@@ -11,21 +11,27 @@ The seed decides what is broken when; how far a run is at that moment is the mac
 import argparse
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from disk import Disk
-from faults import FAULTS, OF_A_DISK, Fault, Scene
+from faults import FAULTS, OF_A_DISK, OF_LAUNCHER, Fault, Scene
 from rich.console import Console
 from rich.table import Table
-from runs import CASES, Run, differences, make_run, prepare, start, wait
+from runs import CASES, Run, differences, make_run, prepare, start, start_launcher, wait
 
-PER_RUN = 8
+from spd_core.run_dir import read_metrics
+
+PER_RUN, PER_JOB = 8, 4
 console = Console(width=110)
 
 
@@ -38,92 +44,131 @@ class Record:
     runs: int = 0
     identical: int = 0
     problems: list[str] = field(default_factory=list)
-    to_first_step_s: list[float] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def show(self) -> None:
-        table = Table(
-            "what was done to a run", "times", "of runs that were lost", title_justify="left"
-        )
+        table = Table("what was done to a run", "times", "of runs that were lost")
         for name, count in sorted(self.faults.items()):
             table.add_row(name, str(count), str(self.lost[name]))
         table.add_section()
-        table.add_row("all", str(self.faults.total()), "")
+        table.add_row("all", str(self.faults.total()), str(self.lost.total()))
         console.print(table)
         console.print(
-            f"{self.runs} runs, {self.identical} of them bit-identical to the same run left alone"
+            f"{self.runs} runs; bit-identical to the same run left alone: {self.identical}"
         )
-        if self.to_first_step_s:
-            median = statistics.median(self.to_first_step_s)
-            console.print(f"from a start to the first new step: {median:.1f} s (median)")
+        for name, values in self.seconds.items():
+            console.print(f"{name}: {statistics.median(values):.1f} s (median of {len(values)})")
         for problem in self.problems:
             console.print(f"[red]{problem}", soft_wrap=True)
 
 
-def here(options: argparse.Namespace, place: Path) -> Record:
-    prepare()
-    record, chance, disk = Record(), random.Random(options.seed), Disk(place)
-    faults = FAULTS | (OF_A_DISK if disk.real else {})
-    whole: dict[str, Run] = {}
-    deadline = time.monotonic() + options.minutes * 60
-    kinds: list[str] = []
+def endless(chance: random.Random, names: Iterable[str]) -> Iterator[str]:
+    """Each of them once, then each of them again, always in another order."""
+    names = sorted(names)
+    while True:
+        yield from chance.sample(names, len(names))
+
+
+def here(options: argparse.Namespace, place: Path, record: Record) -> None:
+    chance, disk = random.Random(options.seed), Disk(place)
+    faults = FAULTS | OF_LAUNCHER | (OF_A_DISK if disk.real else {})
+    kinds, cases = endless(chance, faults), endless(chance, options.case or CASES)
+
+    def torment(run: Run) -> Iterator[tuple[str, str]]:
+        for name in islice(kinds, PER_RUN):
+            codes = strike_here(faults[name], Scene(run, disk, chance))
+            yield name, f"{codes} {run.state}"
+            if run.state == "finished":
+                break
+        for _ in range(2):  # the second finds nothing to do, but perhaps a report
+            began = time.time()
+            start(run)
+            yield "left alone", f"{wait(run)} {run.state}"
+            new = [float(r["time"]) - began for r in read_metrics(run.run_dir)]
+            if new and new[-1] > 0:
+                first_s = min(s for s in new if s > 0)
+                record.seconds["from a start to the first new step"].append(first_s)
+
     try:
-        while record.faults.total() < options.faults and time.monotonic() < deadline:
-            case = options.case or chance.choice(list(CASES))
-            if case not in whole:
-                whole[case] = left_alone(case, place / "whole" / str(len(whole)))
-            if len(kinds) < PER_RUN:
-                kinds += chance.sample(list(faults), len(faults))
-            chosen, kinds = kinds[:PER_RUN], kinds[PER_RUN:]
-            torment(record, case, [(n, faults[n]) for n in chosen], disk, chance, whole[case])
+        for case in until_enough(options, record, cases):
+            whole = left_alone(case, place)
+            out = disk.path / f"run{record.runs}"
+            judge(record, make_run(case, out), torment, whole)
+            shutil.rmtree(out)
     finally:
         disk.close()
-    return record
 
 
-def left_alone(case: str, out: Path) -> Run:
-    run = make_run(case, out)
+def on_cluster(options: argparse.Namespace, place: Path, record: Record) -> None:
+    import on_slurm
+
+    chance = random.Random(options.seed)
+    kinds, cases = endless(chance, on_slurm.FAULTS), endless(chance, options.case or CASES)
+
+    def torment(run: Run) -> Iterator[tuple[str, str]]:
+        for name in islice(kinds, PER_JOB):
+            how, slurms, ours = on_slurm.strike(on_slurm.FAULTS[name], on_slurm.Scene(run, chance))
+            yield name, how
+            if ours:
+                record.seconds["from requeue to start, Slurm's part"].append(slurms)
+                record.seconds["from start to the first new step, ours"].append(ours)
+        (run.orders / "pace").unlink()
+        on_slurm.wait_for(
+            lambda: run.state == "finished" and run.run_dir.report_file.exists(), 300, "its end"
+        )
+
+    with on_slurm.cluster():
+        for case in until_enough(options, record, cases):
+            whole = left_alone(case, place)
+            judge(record, on_slurm.submit(case, place / f"run{record.runs}"), torment, whole)
+
+
+def until_enough(
+    options: argparse.Namespace, record: Record, cases: Iterator[str]
+) -> Iterator[str]:
+    deadline = time.monotonic() + options.minutes * 60
+    while record.faults.total() < options.faults and time.monotonic() < deadline:
+        record.runs += 1
+        yield next(cases)
+
+
+@cache
+def left_alone(case: str, place: Path) -> Run:
+    run = make_run(case, place / "whole" / case.replace(" ", "_"))
     start(run)
     codes = wait(run, timeout_s=600)
     assert run.state == "finished" and not any(codes), run.log.read_text()
     return run
 
 
-def torment(record, case, faults, disk, chance, whole) -> None:
-    """One run: broken once per fault, and continued until it is finished."""
-    record.runs += 1
-    out = disk.path / f"run{record.runs}"
-    run = make_run(case, out)
-    told = []
+def judge(
+    record: Record, run: Run, torment: Callable[[Run], Iterator[tuple[str, str]]], whole: Run
+) -> None:
+    """One run: broken once per fault, continued until it is finished, and compared."""
+    told: list[str] = []
+    faults: Counter[str] = Counter()
     try:
-        for name, fault in faults:
-            told.append(f"{name}: {strike(fault, Scene(run, disk, chance))} {run.state}")
-            if run.state == "finished":
-                break
-            record.faults[name] += 1
-        for _ in range(2):  # the second finds nothing to do, but perhaps a report
-            start(run)
-            told.append(f"left alone: {wait(run)} {run.state}")
+        for name, what in torment(run):
+            told.append(f"{name}: {what}")
+            faults[name] += name != "left alone" and run.state != "finished"
         problems = differences(run, whole)
     except (AssertionError, TimeoutError, RuntimeError, OSError) as error:
         problems = [f"{type(error).__name__}: {error}"]
-    if not problems:
-        record.identical += 1
-        shutil.rmtree(out)
-    else:
-        record.lost.update(name for name, _ in faults)
-        kept = Path(tempfile.mkdtemp(prefix="chaos-")) / case.replace(" ", "_")
-        shutil.copytree(out, kept)
-        record.problems.append(f"{case}: {'; '.join(problems)}; after {told}; kept in {kept}")
+    record.faults += faults
+    record.identical += not problems
+    if problems:
+        record.lost += faults
+        kept = Path(tempfile.mkdtemp(prefix="spd-chaos-lost-")) / "out"
+        shutil.copytree(run.launch.path.parent.parent, kept)
+        record.problems.append(f"{run.case}: {'; '.join(problems)}; after {told}; kept in {kept}")
         console.print(f"[red]{record.problems[-1]}", soft_wrap=True)
-    console.print(
-        f"{record.faults.total():4} faults, {record.runs} runs  {case}: {'; '.join(told)}",
-        soft_wrap=True,
-    )
+    done = f"{record.faults.total()} faults, {record.runs} runs; {run.case}: {'; '.join(told)}"
+    console.print(done, soft_wrap=True)
 
 
-def strike(fault: Fault, scene: Scene) -> list[int]:
+def strike_here(fault: Fault, scene: Scene) -> list[int]:
     """Let a run work until the fault ends it; returns the exit codes."""
-    start(scene.run)
+    (start_launcher if fault in OF_LAUNCHER.values() else start)(scene.run)
     try:
         fault(scene)
         return wait(scene.run)
@@ -141,15 +186,19 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=10**9, help="stop after so many")
     parser.add_argument("--minutes", type=float, default=5.0, help="stop after so long")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", choices=list(CASES), help="default: all of them by chance")
+    parser.add_argument("--case", nargs="*", choices=list(CASES), help="default: all in turn")
     options = parser.parse_args()
-    place = Path(tempfile.mkdtemp(prefix="spd-chaos-", dir="/dev/shm"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the disk is unmounted then, too
+    place, record = Path(tempfile.mkdtemp(prefix="spd-chaos-", dir="/dev/shm")), Record()
+    prepare()
     try:
-        record = here(options, place)
+        {"local": here, "cluster": on_cluster}[options.where](options, place, record)
+    except KeyboardInterrupt:
+        console.print("interrupted")
     finally:
         shutil.rmtree(place, ignore_errors=True)
     record.show()
-    return 1 if record.problems else 0
+    return 1 if record.problems or not record.faults else 0
 
 
 if __name__ == "__main__":

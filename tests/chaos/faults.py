@@ -38,7 +38,7 @@ class Scene:
 
     def _until(self, reached: Callable[[], bool], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline and self.works() and not reached():
+        while time.monotonic() < deadline and self.run.works and not reached():
             time.sleep(0.002)
 
     def step(self) -> int:
@@ -47,9 +47,6 @@ class Scene:
             records = read_metrics(self.run.run_dir)
             return int(records[-1]["step"]) if records else 0
         return 0
-
-    def works(self) -> bool:
-        return all(rank.is_alive() for rank in self.run.ranks)
 
     def signal(self, number: int, ranks: str) -> None:
         """To all ranks as fast as it goes, or to one of them."""
@@ -72,7 +69,7 @@ def kill_all_ranks(scene: Scene) -> None:
 
 def kill_during_a_checkpoint(scene: Scene) -> None:
     scene.sleep()
-    while scene.works() and not any(scene.run.run_dir.checkpoints.glob(".step_*")):
+    while scene.run.works and not any(scene.run.run_dir.checkpoints.glob(".step_*")):
         pass
     time.sleep(scene.random.random() * 0.02)
     scene.signal(signal.SIGKILL, "all")
@@ -138,8 +135,8 @@ def half_a_line(scene: Scene) -> None:
 def order(scene: Scene, what: str) -> None:
     rank = scene.random.randrange(scene.run.dp)
     scene.sleep()
-    if scene.works():
-        (scene.run.run_dir.path / f"order-{rank}").write_text(what)
+    if scene.run.works:
+        (scene.run.orders / f"order-{rank}").write_text(what)
 
 
 def exception(scene: Scene) -> None:
@@ -167,7 +164,7 @@ def out_of_memory(scene: Scene) -> None:
     else:
         resource.prlimit(rank.pid, resource.RLIMIT_AS, (4 * 2**30,) * 2)
     scene.sleep()
-    (scene.run.run_dir.path / f"order-{scene.run.ranks.index(rank)}").write_text("memory")
+    (scene.run.orders / f"order-{scene.run.ranks.index(rank)}").write_text("memory")
 
 
 def disk_full(scene: Scene) -> None:
@@ -191,6 +188,39 @@ def read_only(scene: Scene) -> None:
 
 
 Fault = Callable[[Scene], None]
+
+
+def kill_launcher(scene: Scene) -> None:
+    """Its ranks end by themselves."""
+    assert scene.run.launcher is not None
+    ranks = _children(scene.run.launcher.pid)
+    scene.sleep()
+    ranks += _children(scene.run.launcher.pid)
+    scene.run.launcher.kill()
+    while any(Path("/proc", str(pid), "fd").exists() for pid in ranks):
+        time.sleep(0.05)
+
+
+def terminate_launcher(scene: Scene) -> None:
+    scene.sleep()
+    assert scene.run.launcher is not None
+    scene.run.launcher.terminate()
+
+
+def kill_rank_of_launcher(scene: Scene) -> None:
+    scene.sleep()
+    assert scene.run.launcher is not None
+    if ranks := _children(scene.run.launcher.pid):
+        with suppress(ProcessLookupError):
+            os.kill(scene.random.choice(ranks), signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    with suppress(FileNotFoundError):
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
 FAULTS: dict[str, Fault] = {
     "SIGKILL of one rank": kill_one_rank,
     "SIGKILL of all ranks": kill_all_ranks,
@@ -206,5 +236,10 @@ FAULTS: dict[str, Fault] = {
     "loss not finite": loss_not_finite,
     "out of memory": out_of_memory,
     "size of files limited": files_limited,
+}
+OF_LAUNCHER: dict[str, Fault] = {
+    "SIGKILL of the launcher": kill_launcher,
+    "SIGTERM to the launcher": terminate_launcher,
+    "SIGKILL of a rank under the launcher": kill_rank_of_launcher,
 }
 OF_A_DISK: dict[str, Fault] = {"disk full": disk_full, "file system read-only": read_only}

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from pathlib import Path
 
 from spd_core.run_dir import RunDir, read_metrics
 from spd_launch.compose import compose
-from spd_launch.ledger import LaunchDir, new_launch, record
+from spd_launch.freeze import record
+from spd_launch.ledger import LaunchDir, new_launch
 from spd_launch.run_record import read_status
+from spd_launch.snapshot import Snapshot
 from spd_launch.task import STOPPED
 from spd_launch.validate import validate
 
@@ -71,13 +74,15 @@ TIMED = ("time", "examples_per_s", "tokens_per_s", "eval_cost/", "checkpoint_cos
 
 @dataclass
 class Run:
-    """One run in a folder of outputs of its own, worked on by `ranks` at times."""
+    """One run in a folder of outputs of its own, worked on by `ranks` or a launcher at times."""
 
     case: str
     launch: LaunchDir
     run_dir: RunDir
     dp: int
+    orders: Path  # where `exploding` looks for what to do
     ranks: list[multiprocessing.Process] = field(default_factory=list)
+    launcher: subprocess.Popen[bytes] | None = None
     attempt: int = 0
 
     @property
@@ -87,17 +92,31 @@ class Run:
         return status.state
 
     @property
+    def attempts(self) -> int:
+        status = read_status(self.run_dir)
+        assert status is not None
+        return status.attempt
+
+    @property
+    def works(self) -> bool:
+        if self.launcher is not None:
+            return self.launcher.poll() is None
+        return all(rank.is_alive() for rank in self.ranks)
+
+    @property
     def log(self) -> Path:
-        return self.launch.logs / "log.txt"
+        return self.orders / "log.txt"
 
 
-def make_run(case: str, out: Path) -> Run:
+def make_run(case: str, out: Path, *overrides: str) -> Run:
     """Launched as far as can be without starting it."""
-    [composed] = compose([*SMALL, *CASES[case], f"launch.out_dir='{out}'"], multirun=False)
+    typed = [*SMALL, *CASES[case], f"launch.out_dir='{out}'", *overrides]
+    [composed] = compose(typed, multirun=False)
     plan, launch = new_launch([(composed.overrides, validate(composed.values))])
-    record(launch, plan, ROOT, None)
+    record(launch, plan, Snapshot(ROOT, None, None), [])
     [task] = plan.tasks
-    return Run(case, launch, launch.run_dir(task.run_id), task.config.dp)
+    run_dir = launch.run_dir(task.run_id)
+    return Run(case, launch, run_dir, task.config.dp, orders=run_dir.path)
 
 
 def prepare() -> None:
@@ -115,13 +134,29 @@ def context() -> multiprocessing.context.ForkServerContext:
 
 def start(run: Run) -> None:
     """Start all ranks, as the launcher does, or as Slurm does after a requeue."""
+    forget_orders(run)
     run.attempt += 1
-    for order in run.run_dir.path.glob("order-*"):
-        order.unlink()
     ranks = [context().Process(target=_rank, args=(rank, run)) for rank in range(run.dp)]
     for rank in ranks:
         rank.start()
     run.ranks = ranks
+
+
+def start_launcher(run: Run) -> None:
+    """Start them as a user does."""
+    forget_orders(run)
+    out_dir = f"--out-dir={run.launch.path.parent.parent}"
+    resume = [sys.executable, "-m", "spd_launch.resume", run.launch.launch_id, out_dir]
+    paths = {"PYTHONPATH": f"{ROOT}:{HERE}", "SPD_CHAOS": str(run.orders)}
+    with open(run.log, "ab") as log:
+        run.launcher = subprocess.Popen(
+            resume, env=os.environ | paths, stdout=log, stderr=log, cwd=ROOT
+        )
+
+
+def forget_orders(run: Run) -> None:
+    for order in run.orders.glob("order-*"):
+        order.unlink()
 
 
 def _rank(rank: int, run: Run) -> None:
@@ -131,17 +166,20 @@ def _rank(rank: int, run: Run) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run.dp)}
-    os.environ |= {"SPD_JOB_ID": f"local-chaos-{run.attempt}", "SPD_CHAOS": str(run.run_dir.path)}
+    os.environ |= {"SPD_JOB_ID": f"local-chaos-{run.attempt}", "SPD_CHAOS": str(run.orders)}
     sys.argv = ["task", str(run.launch.path), run.run_dir.path.name]
     sys.exit(task.main())
 
 
-def wait(run: Run, grace_s: float = 5, timeout_s: float = 100) -> list[int]:
+def wait(run: Run, grace_s: float = 5, timeout_s: float = 300) -> list[int]:
     """The exit code of every rank; minus a signal's number where one was killed by it.
 
     Where one fails the others have a few seconds to end, and are killed then: Slurm and the
     launcher do so.
     """
+    if run.launcher is not None:
+        code, run.launcher = run.launcher.wait(timeout_s), None
+        return [code]
     deadline = time.monotonic() + timeout_s
     while any(rank.is_alive() for rank in run.ranks) and time.monotonic() < deadline:
         if any(rank.exitcode not in (None, 0, STOPPED) for rank in run.ranks):

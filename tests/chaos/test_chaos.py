@@ -2,9 +2,14 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from disk import Disk
+from runs import make_run, prepare, start, wait
+
+from spd_core.run_dir import read_metrics
 
 CHAOS = Path(__file__).parent / "chaos.py"
 
@@ -16,3 +21,34 @@ def test_no_fault_on_this_machine_changes_what_a_run_becomes() -> None:
     )
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_disk_gone_read_only_does_not_hide_what_went_wrong_before(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    if not disk.real:
+        pytest.skip("a disk that breaks down needs root and mkfs.ext4")
+    prepare()
+    never = ("train.steps=1000000", "checkpoint.every_steps=1000000", "track.log_every=1000000")
+    run = make_run(
+        "tms with figures", disk.path, *never, "eval.every=1000000", "eval.slow_every=1000000"
+    )
+    run.orders = tmp_path
+    try:
+        start(run)
+        deadline = time.monotonic() + 100
+        while not read_metrics(run.run_dir) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        disk.break_down()
+        (run.orders / "order-0").write_text("raise")
+        assert wait(run) == [1]
+        words = run.log.read_text()
+        first = "ArithmeticError: told to fail"
+        if "told to fail" not in words:  # a heartbeat came in between, and is what failed first
+            first = "OSError: [Errno 30] Read-only file system"
+        assert words.splitlines()[-1].startswith(first)
+        assert run.state == "running"  # nothing could be written: `status` sees that it has ended
+    finally:
+        for rank in run.ranks:
+            rank.kill()
+        disk.close()

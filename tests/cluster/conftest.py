@@ -89,8 +89,9 @@ def command(slurm: Cluster, project: Path, out: Path) -> Command:
     def run(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", module, *arguments]
         done = subprocess.run(
-            line, cwd=project, env=env, capture_output=True, text=True, timeout=300
-        )
+            line, cwd=project, env=env, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
         return done
 

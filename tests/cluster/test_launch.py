@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_two_nodes_give_the_result_of_one_process(launch: Launch, slurm: Cluster
 
 
 def test_a_multirun_is_one_array(launch: Launch) -> None:
-    folder, tasks = launch("-m", "seed=0,1,2", "launch.max_parallel=2")
+    folder, tasks = launch("-m", "seed=0,1,2", "launch.max_parallel=2", "launch.if_done=rerun")
     jobs = ledger.latest_jobs(folder)
     assert len({job.split("_")[0] for job in jobs.values()}) == 1
     assert sorted(job.split("_")[1] for job in jobs.values()) == ["0", "1", "2"]
@@ -110,7 +111,7 @@ def test_a_run_outlives_its_time_limit(launch: Launch, command: Command) -> None
     stopped_at = status(folder, task).step
     wait_for(lambda: status(folder, task).attempt == 2, 180, "the second attempt")
     wait_for(lambda: status(folder, task).step > stopped_at, 60, "steps of the second attempt")
-    assert "saved; requeued, 1 of 20" in log(folder)
+    assert "saved; to be requeued, 1 of 20" in log(folder)
     assert f"continuing from step {stopped_at}" in log(folder)
     [job] = ledger.latest_jobs(folder).values()
     assert status(folder, task).job_id == job
@@ -195,7 +196,8 @@ def test_a_controller_that_is_down_is_asked_again(launch: Launch) -> None:
     os.kill(controller, signal.SIGKILL)
     try:
         os.kill(pid_of_rank(folder, 0), signal.SIGUSR2)
-        wait_for(lambda: "Unable to contact" in log(folder), 90, "the first try")
+        wait_for(lambda: "saved; to be requeued" in log(folder), 60, "the save")
+        time.sleep(5)
         assert status(folder, task).state == "stopped"
     finally:
         slurm_cluster.start("ctl", "slurmctld", "-D")

@@ -130,7 +130,8 @@ def copy_of(run_dir, name):
 
 
 def test_a_run_against_itself_disguised_and_against_another(trained, one_process):
-    one, other = trained("one"), trained("other", "seed=1")
+    apart = "decompose.start=random"
+    one, other = trained("one", apart), trained("other", apart, "seed=1")
     disguised, order = copy_of(one, "disguised"), [3, 0, 5, 1, 4, 2]
 
     def disguise(tensors):
@@ -232,8 +233,8 @@ def test_the_command_writes_into_the_launch(trained, command, tmp_path):
         trained(f"run{seed}", f"seed={seed}")
     launch = tmp_path / "launches" / "a_launch"
     launch.mkdir(parents=True)
-    plan = {"arrays": [{"goal": "decomposition", "runs": ["run0", "run1"]}]}
-    (launch / "plan.json").write_text(json.dumps(plan))
+    rows = [{"run_id": f"run{seed}", "goal": "decomposition"} for seed in (0, 1)]
+    (launch / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out, _ = command("a_launch", "--density", "-1")
     folder = launch / "analysis" / "compare"
     assert code == 0 and f"wrote {folder}" in out and "spd_analysis.report a_launch" in out

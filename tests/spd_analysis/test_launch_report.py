@@ -65,8 +65,9 @@ def launched(trained, tmp_path):
         for i, typed in enumerate(of_runs):
             run_dir = trained(f"run-{i}", *overrides, *(f"{k}={v}" for k, v in typed.items()))
             runs.append(run_dir)
-            told = {"+experiment": "tms_5-2", "cluster": "local", **typed}
-            rows.append({"run_id": run_dir.path.name, "overrides": told})
+            told = {"experiment": "tms_5-2", "cluster": "local", **typed}
+            varies = {"not.typed": i, **{key: json.loads(value) for key, value in typed.items()}}
+            rows.append({"run_id": run_dir.path.name, "overrides": told, "varies": varies})
         write_launch(folder, rows)
         return folder, runs
 
@@ -74,9 +75,8 @@ def launched(trained, tmp_path):
 
 
 def write_launch(folder, rows):
+    rows = [{"goal": "decomposition", **row} for row in rows]
     (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = {"arrays": [{"goal": "decomposition", "runs": [row["run_id"] for row in rows]}]}
-    (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "launch.yaml").write_text("time: now\ncommand: spd_launch <b> seed=0,1\n")
 
 
@@ -91,7 +91,7 @@ def test_a_row_per_run_with_what_varies_and_what_came_out(launched):
     assert path == folder / "report.html"
     (table,) = made.tables
     assert list(table["rows"]) == ["run-0", "run-1"]
-    assert table["head"][:4] == ["run", "state", "seed", COEFF]  # not the experiment, nor cluster
+    assert table["head"][:4] == ["run", "state", "seed", COEFF]  # what was typed and differs
     assert made.column("seed") == {"run-0": "0", "run-1": "1"}
     assert made.column(COEFF) == {"run-0": "0.001", "run-1": "0.003"}
     for run_dir in runs:
@@ -222,8 +222,14 @@ def test_a_hundred_runs_fit_into_ten_megabytes(trained, tmp_path):
         run_dir.config_file.write_text(config_to_yaml(config.model_copy(update={"seed": i})))
     folder = tmp_path / "launches" / "a_launch"
     folder.mkdir(parents=True)
-    rows = [{"run_id": f"run-{i}", "overrides": {"seed": str(i)}} for i in range(100)]
+    rows = [{"run_id": f"run-{i}", "overrides": {}, "varies": {"seed": i}} for i in range(100)]
     write_launch(folder, rows)
     path = write_launch_report(folder)
     assert path.stat().st_size < 10_000_000
     assert path.read_text().count("<figure>") >= 200
+
+
+def test_a_launch_of_targets_has_no_report(tmp_path):
+    write_launch(tmp_path, [{"run_id": "a", "goal": "target"}])
+    with pytest.raises(ValueError, match="targets only"):
+        write_launch_report(tmp_path)

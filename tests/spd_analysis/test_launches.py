@@ -4,11 +4,11 @@ import pytest
 
 from spd_analysis.launches import (
     analysis_folder,
-    check_checkpoints,
     find_launch,
     find_runs,
     rewritten,
     runs_of,
+    with_checkpoints,
 )
 from spd_core.config import config_to_yaml
 
@@ -23,8 +23,9 @@ def launched(tmp_path, make_config, make_run_dir, monkeypatch):
         folder.mkdir(parents=True)
         for run_id in run_ids:
             make_run_dir(run_id).config_file.write_text(config_to_yaml(make_config()))
-        plan = {"arrays": [{"goal": goal, "runs": list(run_ids)}]}
-        (folder / "plan.json").write_text(json.dumps(plan))
+        rows = [{"run_id": run_id, "goal": goal} for run_id in run_ids]
+        rows.append({"run_id": "compare", "goal": "compare"})  # a step that follows the runs
+        (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return folder
 
     return make
@@ -64,13 +65,23 @@ def test_targets_are_no_decompositions(launched):
         runs_of(folder)
 
 
-def test_runs_without_a_checkpoint_are_named_with_the_way_out(launched):
+def test_runs_without_a_checkpoint_are_left_out_of_a_launch_but_not_if_named(launched, capsys):
     launched("2026-a", "one", "two")
-    runs = find_runs(["2026-a"])
-    (runs[1].checkpoints / "step_2").mkdir(parents=True)
-    check_checkpoints(runs[1:])
-    with pytest.raises(ValueError, match=r"runs/one \(not launched\).*resume.*that have one: two"):
-        check_checkpoints(runs)
+    with pytest.raises(ValueError, match=r"no checkpoint in .*one .*, .*two \(not launched\): "):
+        with_checkpoints(["2026-a"])
+    one, two = find_runs(["2026-a"])
+    (two.checkpoints / "step_2").mkdir(parents=True)
+    assert [r.path.name for r in with_checkpoints(["2026-a"])] == ["two"]
+    assert f"no checkpoint: {one.path} (not launched)" in capsys.readouterr().err
+    assert [r.path.name for r in with_checkpoints(["two"])] == ["two"]
+    for named in (["one", "two"], ["2026-a", "one"]):
+        with pytest.raises(
+            ValueError, match=r"no checkpoint in .*runs/one \(not launched\).*resume"
+        ):
+            with_checkpoints(named)
+    one.status_file.write_text('{"state": "failed"}')
+    with pytest.raises(ValueError, match=r"runs/one \(failed\)"):
+        with_checkpoints(["one"])
 
 
 def test_findings_lie_with_the_launch_or_beside_the_runs(launched, tmp_path):

@@ -84,7 +84,7 @@ def trained(make_run_dir, one_process):
 
 
 def test_the_page_as_it_stands(trained, one_process):
-    config, run_dir, records = trained()
+    config, run_dir, records = trained("decompose.start=random")
     model = build_model(config, run_dir.targets, one_process, Console(quiet=True))
     assert {type(f).__name__ for f in model.ci_fns.values()} == {"Size"}
     assert model.ci_fns["linear1"].slope.mean().item() == pytest.approx(2, abs=0.2)

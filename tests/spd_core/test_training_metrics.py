@@ -144,7 +144,11 @@ def test_ci_l0_of_the_first_training_step(make_config, make_run_dir):
     """At logged steps and in evaluations, by module and by group, whatever the microbatches."""
     groups = "+eval.metrics.ci_l0.groups={both:['linear*'],first:['*1']}"
     config = make_config(
-        groups, "eval.metrics.ci_l0.threshold=0.02", "train.microbatch_size=8", "track.log_every=3"
+        groups,
+        "eval.metrics.ci_l0.threshold=0.02",
+        "train.microbatch_size=8",
+        "track.log_every=3",
+        "decompose.start=random",
     )
     run_dir = make_run_dir("run")
     train(config, run_dir, ONE, lambda _step, _values: False)

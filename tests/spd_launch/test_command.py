@@ -1,6 +1,5 @@
 """The command line: bad input, dry runs, what a launch writes, and that planning stays light."""
 
-import json
 import os
 import re
 import subprocess
@@ -14,7 +13,7 @@ from launch_configs import config
 from spd_launch import ledger
 from spd_launch.compose import compose
 from spd_launch.errors import LaunchError
-from spd_launch.ledger import find_launch, new_launch, read_task, read_tasks, record
+from spd_launch.ledger import new_launch
 from spd_launch.validate import validate, validate_all
 
 ROOT = Path(__file__).parent.parent.parent
@@ -143,28 +142,6 @@ def test_every_profile_is_valid(file: Path) -> None:
     validate(compose(["+experiment=tms_5-2", f"cluster={file.stem}"], False)[0].values)
 
 
-def test_a_launch_on_disk(tmp_path: Path) -> None:
-    runs = [({"seed": str(s)}, config(seed=s, launch__out_dir=str(tmp_path))) for s in (0, 1)]
-    plan, launch = new_launch(runs)
-    record(launch, plan, ROOT, None)
-    assert {f.name for f in launch.path.iterdir()} == {
-        "launch.yaml",
-        "plan.json",
-        "tasks.jsonl",
-        "logs",
-    }
-    assert [t.run_id for t in read_tasks(launch)] == [t.run_id for t in plan.tasks]
-    assert read_tasks(launch)[1].config == runs[1][1]
-    assert [read_task(launch, t.run_id) for t in plan.tasks] == plan.tasks  # what a rank reads
-    with pytest.raises(LaunchError, match="no run 'another'"):
-        read_task(launch, "another")
-    status = json.loads((launch.run_dir(plan.tasks[0].run_id).status_file).read_text())
-    assert (status["state"], status["attempt"], status["steps"]) == ("pending", 0, 4)
-    for name in ("latest", launch.launch_id[:15], launch.launch_id[-4:]):
-        assert find_launch(name, tmp_path) == launch
-    assert new_launch(runs)[1] != launch
-
-
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LaunchError, match=r"cannot write .*file/.*launch\.out_dir"):
@@ -180,9 +157,9 @@ def test_nothing_is_left_of_a_launch_that_failed_before_it_was_sent(tmp_path: Pa
 
 def run(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "SPD_OUT_DIR": str(out)}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    line = [sys.executable, "-m", *arguments]
+    nothing = subprocess.DEVNULL  # no terminal that could be asked
+    return subprocess.run(line, cwd=ROOT, env=env, stdin=nothing, capture_output=True, text=True)
 
 
 def test_commands_end_with_one_message_and_code_2(tmp_path: Path) -> None:

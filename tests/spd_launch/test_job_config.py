@@ -4,7 +4,7 @@ from launch_configs import config
 from pydantic import ValidationError
 
 from spd_core.config import RunConfig, config_to_yaml, load_config
-from spd_launch.config import run_config
+from spd_launch.config import result_digest, run_config
 
 
 def test_what_is_trained_is_the_same_wherever_it_runs(tmp_path):
@@ -40,3 +40,21 @@ def test_wrong_fields_are_rejected_by_name(change, message):
 
 def test_the_shipped_profile_for_this_machine():
     assert config("local").cluster.kind == "local"
+
+
+@pytest.mark.parametrize("change, same", [
+    ({"experiment": "mine"}, True),
+    ({"track__wandb__project": "mine"}, True),
+    ({"launch__name": "mine"}, True),
+    ({"launch__out_dir": "/elsewhere"}, True),
+    ({"cluster__time_min": 7}, True),
+    ({"seed": 1}, False),
+    ({"dp": 2}, False),
+    ({"train__steps": 5}, False),
+    ({"train__device": "cpu"}, False),
+    ({"track__log_every": 7}, False),
+    ({"checkpoint__keep": 7}, False),
+    ({"target__steps": 7}, False),
+])  # fmt: skip
+def test_the_result_depends_on_no_names_and_no_places(change, same):
+    assert (result_digest(config("cpu", **change)) == result_digest(config("local"))) is same

@@ -9,7 +9,7 @@ from spd_core.targets.store import target_name
 from spd_launch.compose import compose
 from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError
-from spd_launch.ledger import describe
+from spd_launch.freeze import describe
 from spd_launch.plan import clean, group, make_plan, run_ids, shape
 from spd_launch.submit import split
 from spd_launch.validate import validate

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from spd_launch.errors import LaunchError
-from spd_launch.snapshot import take_snapshot
+from spd_launch.snapshot import code_digest, take_snapshot
 
 
 def git(repo: Path, *arguments: str) -> str:
@@ -89,3 +89,43 @@ def test_installed_code_that_git_ignores_is_no_snapshot(repo: Path, tmp_path: Pa
     (site / "spd_launch" / "__init__.py").write_text("")
     with pytest.raises(LaunchError, match="git ignores"):
         take_snapshot(site, tmp_path / "code", "id", exclude=tmp_path)
+
+
+def test_the_digest_of_the_code_is_that_of_its_python_files(repo: Path, tmp_path: Path) -> None:
+    (repo / "spd_core").mkdir()
+    (repo / "spd_core" / "losses.py").write_text("a = 1\n")
+    objects = sorted((repo / ".git" / "objects").rglob("*"))
+    first = code_digest(repo, exclude=repo / "outputs")
+    assert sorted((repo / ".git" / "objects").rglob("*")) == objects
+    assert take_snapshot(repo, tmp_path / "code", "id-1", repo / "outputs").digest == first
+
+    def digest_with(path: str, text: str) -> str:
+        file = repo / path
+        before = file.read_text() if file.exists() else None
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        found = code_digest(repo, exclude=repo / "outputs")
+        file.unlink() if before is None else file.write_text(before)
+        return found
+
+    for path in ("spd_core/losses.py", "my parts/loss.py", "new.py"):
+        assert digest_with(path, "b = 2\n") != first, path
+    for path in ("sweeps/x.yaml", "spd_launch/__init__.py", "tests/test_x.py", "docs/x.md",
+                 "spd_analysis/x.py", "outputs/x.py"):  # fmt: skip
+        assert digest_with(path, "b = 2\n") == first, path
+    assert code_digest(repo, exclude=repo / "outputs") == first
+    git(repo, "add", ".")
+    git(repo, "commit", "-qm", "committed is the same")
+    assert code_digest(repo, exclude=repo / "outputs") == first
+
+
+def test_the_digest_of_the_code_in_a_subfolder_of_a_repository(repo: Path, tmp_path: Path) -> None:
+    part = repo / "part"
+    for name in ("spd_core", "spd_launch"):
+        (part / name).mkdir(parents=True)
+        (part / name / "__init__.py").write_text("")
+    first = code_digest(part, tmp_path)
+    (part / "spd_launch" / "__init__.py").write_text("a = 1\n")
+    assert code_digest(part, tmp_path) == first
+    (part / "spd_core" / "__init__.py").write_text("a = 1\n")
+    assert code_digest(part, tmp_path) != first

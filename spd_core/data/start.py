@@ -1,0 +1,47 @@
+"""Subcomponents that start as what their module does to single examples."""
+
+import torch
+from torch.nn import functional as F
+
+from spd_core.components import tie
+from spd_core.data.batches import Decomposition, draw_examples
+from spd_core.randomness import StepRandomness, stream
+
+N_EXAMPLES = 1024  # not those of a step, so that microbatches and their size change nothing
+
+
+@torch.no_grad()
+def start_from_examples(d: Decomposition) -> None:
+    """Set V[:, c] U[c] = (d_in / C) e (W e)^T, e the direction of a random input of the module.
+
+    Each subcomponent then reads what occurs in the data, not a random mixture of it; where inputs
+    point evenly in all directions, they add up to W. V[:, c] and U[c] are of equal length. Inputs
+    of zero do not count. Tied modules start as each other's transpose. The same on every rank.
+
+    Raises:
+        ValueError: a module's input is zero at all examples.
+    """
+    config, device = d.config, d.dist.device
+    part = StepRandomness(config.seed, 0, 0, 1, N_EXAMPLES, device)
+    _, inputs = d.model.run_target(draw_examples(config, d.data, part, "start"))
+    for name, components in d.model.components.items():
+        d_in, C = components.V.shape
+        x = inputs[name]
+        x = x.flatten(0, -2) if x.is_floating_point() else x.flatten()
+        x = x[x.any(1)] if x.is_floating_point() else x
+        if len(x) == 0:
+            raise ValueError(
+                f"decompose.start=examples: the input of {name!r} is zero at all "
+                f"{len(inputs[name])} examples; use start=random"
+            )
+        generator = stream(config.seed, f"start:{name}", device=device)
+        rows = torch.randint(len(x), (C,), generator=generator, device=device)
+        # A token stands for the one-hot vector that an embedding multiplies.
+        x = x[rows] if x.is_floating_point() else F.one_hot(x[rows], d_in)
+        direction = F.normalize(x.to(components.V.dtype), dim=1)
+        effect = direction @ components.weight.T.to(direction.dtype) * (d_in / C)
+        scale = effect.norm(dim=1, keepdim=True).clamp(min=1e-6).sqrt()
+        components.V.copy_((direction * scale).T)
+        components.U.copy_(effect / scale)
+    for first, second in config.decompose.tied:
+        tie(d.model.components[first], d.model.components[second])

@@ -1,0 +1,232 @@
+"""The ways in which a job is broken on the test cluster: by Slurm, and by what Slurm runs on."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from runs import CASES, HERE, ROOT, SMALL, Run, forget_orders
+
+from spd_core.run_dir import read_metrics
+from spd_launch import ledger
+from spd_launch.observe import observe
+
+sys.path.insert(0, str(ROOT / "tests" / "cluster"))
+import slurm_cluster
+from slurm_cluster import wait_for
+
+CONTROLLER_S = 60
+ON_CLUSTER = ("cluster=cpu", "cluster.partition=scavenge", "cluster.time_min=20")
+
+
+@dataclass
+class Scene:
+    """A run that is a job; the times of its last start are Slurm's part and ours."""
+
+    run: Run
+    random: random.Random
+
+    @property
+    def job(self) -> str:
+        return ledger.latest_jobs(self.run.launch)[self.run.run_dir.path.name]
+
+    def shown(self, field: str) -> str:
+        words = slurm("scontrol", "show", "job", "--oneliner", self.job).split(f" {field}=")
+        return words[1].split()[0]
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, in their order."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if str(self.run.launch.path).encode() in (process / "cmdline").read_bytes():
+                    env = (process / "environ").read_bytes().split(b"\0")
+                    ids = [v for v in env if v.startswith(b"SLURM_PROCID=")]
+                    if ids:
+                        found[int(ids[0].split(b"=")[1])] = int(process.name)
+        return [found[rank] for rank in sorted(found)]
+
+    def last_line_s(self) -> float:
+        records = read_metrics(self.run.run_dir)
+        return float(records[-1]["time"]) if records else 0.0
+
+
+def slurm(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+@contextmanager
+def cluster() -> Iterator[None]:
+    """The test cluster, brought up and taken down, unless SPD_KEEP_CLUSTER is 1."""
+    if reason := slurm_cluster.obstacle():
+        raise RuntimeError(reason)
+    script, keep = slurm_cluster.__file__, os.environ.get("SPD_KEEP_CLUSTER") == "1"
+    os.environ["SLURM_CONF"] = str(slurm_cluster.CONF)
+    for action in ["up"] if keep else ["down", "up"]:
+        slurm(sys.executable, script, action)
+    try:
+        yield
+    finally:
+        if not keep:
+            slurm(sys.executable, script, "down")
+
+
+def submit(case: str, out: Path) -> Run:
+    """Send it, so slow that there is time to break it: a file tells each step to wait."""
+    orders = out / "orders"
+    orders.mkdir(parents=True)
+    (orders / "pace").touch()
+    where = [f"cluster.env.SPD_CHAOS='{orders}'", f"launch.out_dir='{out}'", "launch.snapshot=off"]
+    command("spd_launch", *SMALL, *CASES[case], *ON_CLUSTER, *where)
+    launch = ledger.find_launch("latest", out)
+    task = ledger.read_tasks(launch)[0]
+    return Run(case, launch, launch.run_dir(task.run_id), task.config.dp, orders)
+
+
+def command(module: str, *arguments: str) -> None:
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}"}
+    line = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line)}: {done.stdout}{done.stderr}")
+
+
+# ---- what is done
+
+
+def cancel(scene: Scene) -> None:
+    slurm("scancel", scene.job)
+
+
+def requeue(scene: Scene) -> None:
+    slurm("scontrol", "requeue", scene.job)
+
+
+def time_limit(scene: Scene) -> None:
+    """What Slurm sends to the ranks before it."""
+    slurm("scancel", "--signal=USR2", scene.job)
+
+
+def preempt(_scene: Scene) -> None:
+    slurm(
+        "sbatch",
+        "--parsable",
+        "-p",
+        "main",
+        "-N4",
+        "--exclusive",
+        "-o",
+        "/dev/null",
+        "--wrap",
+        "sleep 1",
+    )
+
+
+def kill_one_rank(scene: Scene) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(scene.random.choice(scene.ranks()), signal.SIGKILL)
+
+
+def kill_all_ranks(scene: Scene) -> None:
+    for pid in scene.ranks():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def exception(scene: Scene) -> None:
+    rank = scene.random.randrange(scene.run.dp)
+    (scene.run.orders / f"order-{rank}").write_text("raise")
+
+
+def lose_slurmd(scene: Scene) -> None:
+    """The machine goes on, but Slurm hears nothing from it and starts the job elsewhere."""
+    node = scene.shown("BatchHost")
+    for pid, name in slurm_cluster.running(node).items():
+        if name == "slurmd":
+            os.kill(pid, signal.SIGKILL)
+    _wait_until_lost(node)
+    slurm_cluster.start(node, "slurmd", "-D", "-N", node)
+
+
+def cut_network(scene: Scene) -> None:
+    node = scene.shown("BatchHost")
+    link = ["ip", "-n", slurm_cluster.namespace("ctl"), "link", "set", node]
+    subprocess.run([*link, "down"], check=True)
+    try:
+        _wait_until_lost(node)
+    finally:
+        subprocess.run([*link, "up"], check=True)
+
+
+def _wait_until_lost(node: str) -> None:
+    shown = ("sinfo", "-h", "-n", node, "-o", "%T")
+    wait_for(lambda: "down" in slurm(*shown), 90, f"{node} to be lost")
+
+
+def controller_down(scene: Scene) -> None:
+    """It dies before the time limit's warning, and is away while the run wants to be requeued."""
+    for pid, name in slurm_cluster.running("ctl").items():
+        if name == "slurmctld":
+            os.kill(pid, signal.SIGKILL)
+    for pid in scene.ranks():
+        os.kill(pid, signal.SIGUSR2)
+    time.sleep(5 + 10 * scene.random.random())
+    slurm_cluster.start("ctl", "slurmctld", "-D")
+    wait_for(lambda: slurm_cluster.listens("ctl", 6817), CONTROLLER_S, "slurmctld")
+
+
+Fault = Callable[[Scene], None]
+FAULTS: dict[str, Fault] = {
+    "scancel": cancel,
+    "scontrol requeue": requeue,
+    "time limit (USR2)": time_limit,
+    "preemption": preempt,
+    "SIGKILL of one rank of a job": kill_one_rank,
+    "SIGKILL of all ranks of a job": kill_all_ranks,
+    "exception in one rank of a job": exception,
+    "slurmd killed": lose_slurmd,
+    "network of a node cut": cut_network,
+    "controller down at the time limit": controller_down,
+}
+
+
+def strike(fault: Fault, scene: Scene) -> tuple[str, float, float]:
+    """Break a run that works, and bring it back: how, and the seconds to start and to step.
+
+    Slurm's part is from the fault, or from `resume`, to the job's start; ours from there to the
+    first new step.
+    """
+    run, line_s = scene.run, scene.last_line_s()
+    wait_for(lambda: scene.last_line_s() > line_s or run.state == "finished", 180, "a step")
+    time.sleep(scene.random.random())
+    attempt, began, how = run.attempts, time.time(), "requeued"
+    if run.state == "finished":
+        return "too late", 0, 0
+    fault(scene)
+    deadline = began + 240
+    while run.attempts == attempt and run.state != "finished":
+        [row] = observe(run.launch, ledger.read_rows(run.launch)[:1])
+        if not row.live:
+            began, how = time.time(), f"{row.state}, resumed"
+            forget_orders(run)
+            out_dir = f"--out-dir={run.launch.path.parent.parent}"
+            command("spd_launch.resume", run.launch.launch_id, out_dir)
+            wait_for(lambda: run.attempts > attempt, 180, "the job to start")
+        if time.time() > deadline:
+            raise TimeoutError(f"it did not start again: {slurm('squeue')}{slurm('sinfo')}")
+        time.sleep(0.3)
+    forget_orders(run)
+    if run.state == "finished":
+        return "finished", 0, 0
+    started = time.mktime(time.strptime(scene.shown("StartTime"), "%Y-%m-%dT%H:%M:%S"))
+    wait_for(lambda: scene.last_line_s() > started or run.state == "finished", 180, "a new step")
+    return how, max(0.0, started - began), scene.last_line_s() - started

@@ -1,0 +1,35 @@
+import pytest
+from launch_configs import config
+
+from spd_launch import ledger
+from spd_launch.progress import Heartbeat
+from spd_launch.run_record import n_crash_requeues, note_crash
+
+
+@pytest.fixture
+def launch(tmp_path):
+    _, launch = ledger.new_launch([({}, config("local", launch__out_dir=tmp_path))])
+    return launch
+
+
+def test_half_a_line_of_jobs_is_never_read_and_goes_with_the_next(launch):
+    ledger.note_jobs(launch, "submit", {"a": "1", "b": "2"})
+    with open(launch.jobs_file, "a") as file:
+        file.write('{"kind": "submit", "jobs": {"a": "3')  # a kill, or a full disk
+    assert ledger.latest_jobs(launch) == {"a": "1", "b": "2"}
+    assert ledger.known_jobs(launch) == {"1", "2"}
+    ledger.note_jobs(launch, "submit", {"b": "4"})
+    assert ledger.latest_jobs(launch) == {"a": "1", "b": "4"}
+    assert len(launch.jobs_file.read_text().splitlines()) == 2
+
+
+def test_a_crash_is_worth_another_turn_only_if_the_run_got_further(make_run_dir):
+    run_dir = make_run_dir("run")
+    told = []
+    for job, step in (("7", 5), ("7", 5), ("8", 4), ("8", 6)):
+        heartbeat = Heartbeat(run_dir, 50, attempt=1, job_id=job)
+        heartbeat.at(step)
+        told.append(note_crash(run_dir, job, ArithmeticError("boom")))
+    assert told == [True, False, False, True]
+    # The others of a job's turns were for time limits and preemptions.
+    assert [n_crash_requeues(run_dir, job) for job in ("7", "8", "9")] == [1, 1, 0]
