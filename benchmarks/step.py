@@ -66,7 +66,7 @@ def run_rank(
 ) -> None:
     """Measure on one rank; rank 0 prints the JSON line."""
     torch.set_num_threads(n_threads)
-    dist = distributed.init(rank, config.dp, rank, "127.0.0.1", port, device)
+    dist = distributed.init(rank, config.dp, rank, f"127.0.0.1:{port}", device)
     result = measure(config, data, steps, dist)
     if dist.is_main:
         print(json.dumps(result))

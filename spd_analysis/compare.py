@@ -324,9 +324,9 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console()
     try:
-        runs = with_checkpoints(arguments.runs)
+        runs = with_checkpoints(arguments.runs, console)
         settings = Settings(arguments.importance, arguments.density, arguments.steps)
-        here = distributed.init(0, 1, 0, "", 0, arguments.device)
+        here = distributed.init(0, 1, 0, "", arguments.device)
         summary = compare_runs(runs, settings, here)
     except (ValueError, OSError) as error:  # OSError: the store of data, say, cannot be reached
         print(f"error: {error}", file=sys.stderr)

@@ -187,7 +187,7 @@ def _evaluate_all(arguments: argparse.Namespace, dist: Dist, console: Console) -
     if dist.is_main:
         find_runs(arguments.runs)  # a run of W&B is downloaded once, then found by all
     barrier(dist)
-    runs = with_checkpoints(arguments.runs)
+    runs = with_checkpoints(arguments.runs, console)
     evaluations = []
     for run_dir in runs:
         if arguments.all_steps:
@@ -254,8 +254,9 @@ def _name(text: str) -> str:
 def main() -> int:
     arguments = _parser().parse_args()
     try:
-        if arguments.processes > 1 and "WORLD_SIZE" not in os.environ:
-            with_checkpoints(arguments.runs)  # what is wrong is said once, not by every process
+        if arguments.processes > int(os.environ.get("WORLD_SIZE", "1")):
+            # What is wrong is said once, not by every process.
+            with_checkpoints(arguments.runs, Console(quiet=True))
             return run_here(arguments.processes, "spd_analysis.evaluate_run", sys.argv[1:])
         with joined(arguments.device) as dist:
             return _evaluate_all(arguments, dist, Console(quiet=not dist.is_main))

@@ -4,7 +4,6 @@ Beside the table: parallel coordinates, the runs' curves, small pictures of thei
 was found about the launch as a whole (`launches/ID/analysis/`).
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from spd_analysis.launches import state_of, task_rows
 from spd_analysis.page import (
     CAPTIONS,
     analyses,
+    clusterings,
     folded,
     image,
     last_figures,
@@ -28,6 +28,7 @@ from spd_analysis.page import (
     smaller,
     svg_of,
 )
+from spd_analysis.parallel import Columns, Value, parallel_coordinates
 from spd_analysis.summary import final_metrics, short_names, tables_of, verdict
 from spd_core.config import RunConfig, load_config
 from spd_core.run_dir import RunDir, read_metrics, write_atomic
@@ -76,9 +77,6 @@ for (const part of document.querySelectorAll("[data-run]")) {
   part.onmouseleave = () => same.forEach(other => other.classList.remove("on"));
 }
 """
-
-Value = float | str | None
-Columns = dict[str, list[Value]]  # name -> value of every run
 
 
 @dataclass(frozen=True)
@@ -240,84 +238,16 @@ def _evaluations(runs: Sequence[Run], names: Sequence[str], settings: Columns) -
 
 
 def _parallel(runs: Sequence[Run], columns: Columns) -> list[str]:
-    """A line per run through the columns that vary; colours follow the first result."""
-    shown = {
-        name: values for name, values in columns.items()
-        if len({v for v in values if v is not None}) > 1
-    }  # fmt: skip
-    if len(shown) < 2:
+    varying = {n: v for n, v in columns.items() if len({x for x in v if x is not None}) > 1}
+    if len(varying) < 2:
         return []
-    more = f" (the first {N_AXES} of {len(shown)})" if len(shown) > N_AXES else ""
-    shown = dict(list(shown.items())[:N_AXES])
-    width, top, bottom, left = 1180, 60, 300, 90
-    step = (width - 2 * left) / (len(shown) - 1)
-    places, parts, over = [], "", ""
-    for i, (name, values) in enumerate(shown.items()):
-        heights, ticks = _axis(values)
-        x = left + i * step
-        places.append([None if h is None else (x, bottom - h * (bottom - top)) for h in heights])
-        parts += f"<line x1='{x:.0f}' x2='{x:.0f}' y1='{top}' y2='{bottom}' stroke='#c5cdd5'/>"
-        words = name.replace(".", ". ").replace("_", "_ ").split()
-        lines = _wrapped(words, 18)
-        for row, line in enumerate(lines):
-            y = top - 12 - 13 * (len(lines) - 1 - row)
-            parts += f"<text x='{x:.0f}' y='{y}' text-anchor='middle'>{escape(line)}</text>"
-        for height, text in ticks:
-            y = bottom - height * (bottom - top) + 3
-            over += f"<text class='tick' x='{x + 6:.0f}' y='{y:.0f}'>{escape(text)}</text>"
-    color_by = next(
-        (name for name in shown if name.startswith("stochastic_recon")), list(shown)[-1]
-    )
-    colors = _axis(shown[color_by])[0]
-    for i, run in enumerate(runs):
-        path, pen = "", "M"
-        for place in (axis[i] for axis in places):
-            path += "" if place is None else f"{pen}{place[0]:.0f} {place[1]:.1f}"
-            pen = "M" if place is None else "L"
-        hue = 210 - 180 * (colors[i] or 0)
-        run_id = escape(run.run_dir.path.name)
-        parts += (
-            f"<path data-run='{run_id}' d='{path}' style='stroke: hsl({hue:.0f} 65% 48%)'>"
-            f"<title>{run_id}</title></path>"
-        )
-    svg = f"<svg class='lines' viewBox='0 0 {width} {bottom + 20}'>{parts}{over}</svg>"
+    axes = dict(list(varying.items())[:N_AXES])
+    losses = [name for name in axes if name.startswith("stochastic_recon")]
+    color_by = losses[0] if losses else list(axes)[-1]
+    more = f" (the first {N_AXES} of {len(varying)})" if len(varying) > N_AXES else ""
     caption = f"A line per run through the columns that vary{more}, blue to red by {color_by}."
+    svg = parallel_coordinates([run.run_dir.path.name for run in runs], axes, color_by)
     return [section("What goes with what", caption, svg)]
-
-
-def _wrapped(words: Sequence[str], width: int) -> list[str]:
-    """Parts of a name in lines of about this width; no space is added between them."""
-    lines = [""]
-    for word in words:
-        if lines[-1] and len(lines[-1]) + len(word) > width:
-            lines.append("")
-        glue = " " if lines[-1] and lines[-1][-1] not in "._" else ""
-        lines[-1] += glue + word
-    return lines
-
-
-def _axis(values: Sequence[Value]) -> tuple[list[float | None], list[tuple[float, str]]]:
-    """Heights from 0 to 1 on one axis, and its ticks. Words are spread evenly; numbers that are
-    all positive and far apart are on a logarithmic axis."""
-    numbers = [float(v) for v in values if isinstance(v, int | float)]
-    if len(numbers) < sum(v is not None for v in values):
-        words = sorted({str(v) for v in values if v is not None})
-        place = {word: i / max(len(words) - 1, 1) for i, word in enumerate(words)}
-        return [None if v is None else place[str(v)] for v in values], [
-            (height, word) for word, height in place.items()
-        ]
-    finite = [v for v in numbers if math.isfinite(v)]
-    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    scale = math.log if low > 0 and high > 20 * low else float
-    span = scale(high) - scale(low) or 1.0
-
-    def height(v: Value) -> float | None:
-        if not isinstance(v, int | float) or not math.isfinite(v):
-            return None
-        return (scale(v) - scale(low)) / span
-
-    digits = ".2g" if f"{low:.2g}" != f"{high:.2g}" else ".6g"
-    return [height(v) for v in values], [(0.0, f"{low:{digits}}"), (1.0, f"{high:{digits}}")]
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -353,24 +283,26 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 def _thumbnails(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     """Small pictures of the runs' last figures, kind after kind while the page has room."""
-    folders = [last_figures(run.run_dir) for run in runs]
+    kinds: dict[str, tuple[str, dict[int, Path]]] = {}  # title -> what it shows, file of each run
+    for i, run in enumerate(runs):
+        figures = last_figures(run.run_dir)
+        files = {t: (figures / f"{n}.png", c) for n, (t, c) in CAPTIONS.items() if figures}
+        for title, (file, caption) in (files | clusterings(run.run_dir)).items():
+            if file.exists():
+                kinds.setdefault(title, (caption, {}))[1][i] = file
     width = 580 if len(runs) <= 6 else 380  # two or three in a row
     sections, used, left_out = [], 0, []
-    for kind, (title, caption) in CAPTIONS.items():
-        small = {
-            i: smaller(folder / f"{kind}.png", width, colors=32)
-            for i, folder in enumerate(folders)
-            if folder is not None and (folder / f"{kind}.png").exists()
-        }
+    for title, (caption, files) in kinds.items():
+        small = {i: smaller(file, width, colors=32) for i, file in files.items()}
         used += sum(map(len, small.values()))
         if used > THUMBNAILS:
             left_out.append(title)
-        elif small:
-            cells = ""
-            for i, png in small.items():
-                below = f"<figcaption>{escape(names[i])}</figcaption>"
-                cells += f"<figure>{image(png, names[i])}{below}</figure>"
-            sections.append(section(title, caption, f"<div class='grid'>{cells}</div>"))
+            continue
+        cells = ""
+        for i, png in small.items():
+            below = f"<figcaption>{escape(names[i])}</figcaption>"
+            cells += f"<figure>{image(png, names[i])}{below}</figure>"
+        sections.append(section(title, caption, f"<div class='grid'>{cells}</div>"))
     if left_out:
         text = (
             f"Left out, to keep the page small: {', '.join(left_out)}. The runs' reports hold them."

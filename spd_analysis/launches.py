@@ -1,19 +1,23 @@
 """Which runs a command is about, and where findings about a whole launch lie.
 
 A command takes runs and launches: a run as `spd_core.load_run` takes it; a launch by its folder,
-its id in $SPD_OUT_DIR (else ./outputs) or a unique beginning or end of it, or `latest`. What is
-found about a launch goes to `launches/ID/analysis/NAME/`: summary.json, and pictures.
+its id in $SPD_OUT_DIR (else ./outputs) or a unique beginning or end of it, its launch.name (the
+newest of that name), or `latest`. What is found about a launch goes to
+`launches/ID/analysis/NAME/`: summary.json, and pictures.
 """
 
 import json
 import os
+import re
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from spd_core.config import named_run
 from spd_core.load import find_run
 from spd_core.run_dir import RunDir, written_whole
 
@@ -34,8 +38,13 @@ def find_launch(reference: str) -> Path | None:
     launches = [file.parent for file in files]
     if reference == "latest":
         return launches[-1] if launches else None
+    if not reference or named_run(reference) != reference:  # runs.yaml comes first
+        return None
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", reference)
+    if named := [x for x in launches if x.name[16:-5] == name]:  # 20261124-101530-NAME-08b3
+        return named[-1]
     ends = (str.startswith, str.endswith)
-    found = [x for x in launches if reference and any(f(x.name, reference) for f in ends)]
+    found = [x for x in launches if any(f(x.name, reference) for f in ends)]
     if len(found) > 1:
         names = ", ".join(x.name for x in found)
         raise ValueError(f"{reference!r} names {len(found)} launches: {names}")
@@ -81,10 +90,10 @@ def state_of(run_dir: RunDir) -> str:
     return json.loads(run_dir.status_file.read_text())["state"]
 
 
-def with_checkpoints(references: Sequence[str]) -> list[RunDir]:
+def with_checkpoints(references: Sequence[str], console: Console) -> list[RunDir]:
     """The runs of all references that can be loaded.
 
-    Of launches, runs without a checkpoint are left out, which is said on stderr.
+    Of launches, runs without a checkpoint are left out, which is said.
 
     Raises:
         ValueError: a reference names neither a run nor a launch, no run has a checkpoint, or one
@@ -100,7 +109,7 @@ def with_checkpoints(references: Sequence[str]) -> list[RunDir]:
             f"no checkpoint in {told}: continue with `python -m spd_launch.resume LAUNCH`, "
             "or give other runs"
         )
-    print(f"left out, as there is no checkpoint: {told}", file=sys.stderr)
+    console.print(f"[yellow]left out, as there is no checkpoint: {told}", soft_wrap=True)
     return [run_dir for run_dir in runs if run_dir not in lacking]
 
 

@@ -119,11 +119,11 @@ def smaller(path: Path, width: int, colors: int) -> bytes:
     """A picture of at most this width in pixels, with a palette of so many colours."""
     from PIL import Image  # comes with matplotlib
 
-    with Image.open(path) as picture:
-        picture = picture.convert("RGB")
-        picture.thumbnail((width, 10 * width))
+    with Image.open(path) as opened:
+        small = opened.convert("RGB")
+        small.thumbnail((width, 10 * width))
         file = io.BytesIO()
-        picture.quantize(colors).save(file, "png", optimize=True)
+        small.quantize(colors).save(file, "png", optimize=True)
     return file.getvalue()
 
 
@@ -133,19 +133,36 @@ def pictures(folder: Path, captions: dict[str, tuple[str, str]]) -> list[str]:
     paths = sorted(folder.glob("*.png"), key=lambda p: (
         known.index(p.name) if p.name in known else len(known), p.name
     ))  # fmt: skip
-    sections = []
-    for path in paths:
-        title, caption = captions[path.name] if path.name in known else (path.stem, "")
-        whole = path.stat().st_size <= EMBEDDED_WHOLE
-        png = path.read_bytes() if whole else smaller(path, width=1400, colors=128)
-        sections.append(section(title, caption, image(png, title)))
-    return sections
+    titles = {
+        path: captions[path.name] if path.name in known else (path.stem, "") for path in paths
+    }
+    return [picture(path, *titles[path]) for path in paths]
+
+
+def picture(path: Path, title: str, caption: str) -> str:
+    """A section with a PNG, which is made smaller where it is very large."""
+    whole = path.stat().st_size <= EMBEDDED_WHOLE
+    png = path.read_bytes() if whole else smaller(path, width=1400, colors=128)
+    return section(title, caption, image(png, title))
 
 
 def last_figures(run_dir: RunDir) -> Path | None:
     """The folder of the figures of the last step that has any."""
     folders = sorted(run_dir.figures.glob("step_*"), key=lambda p: int(p.name.split("_")[1]))
     return folders[-1] if folders else None
+
+
+def clusterings(run_dir: RunDir) -> dict[str, tuple[Path, str]]:
+    """The pictures of a run's clusterings and of their ensembles: title -> file, what it shows."""
+    found = {}
+    for folder in sorted((run_dir.path / "clusterings").glob("[!.]*")):
+        members = sorted(folder.glob("seed_*/clustering.png"))
+        of_one = f"Clustering {folder.name}" + (f", {members[0].parent.name}" if members else "")
+        tree = members[0] if members else folder / "clustering.png"
+        distances = folder / "distances" / "distances.png"
+        found[of_one] = tree, "How subcomponents merge, and which are active together."
+        found[f"Ensemble {folder.name}"] = distances, "How far its members are from each other."
+    return {title: (file, shown) for title, (file, shown) in found.items() if file.exists()}
 
 
 def analyses(folder: Path) -> list[str]:

@@ -50,27 +50,27 @@ def joined(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Dist]:
     `auto` is a GPU for each process, or the CPU where there are too few.
     """
     env = os.environ
-    rank, size, local_rank, address, port = 0, 1, 0, "127.0.0.1", 0
-    if "WORLD_SIZE" in env:
+    rank, size, local_rank, meeting = 0, 1, 0, ""
+    if int(env.get("WORLD_SIZE", "1")) > 1:
         rank, size, local_rank = (int(env[v]) for v in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        meeting = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         if device == "auto" and torch.cuda.device_count() < size:
             device = "cpu"
     # SLURM_NTASKS is set in a batch script too, where nobody would come to meet us.
     elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         rank, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
         size = int(env["SLURM_STEP_NUM_TASKS"])
-        address, port = _slurm_meeting()
-    dist = distributed.init(rank, size, local_rank, address, port, device)
+        meeting = _slurm_meeting()
+    dist = distributed.init(rank, size, local_rank, meeting, device)
     yield dist
     distributed.shutdown()  # which waits for the others, so not where something failed
 
 
-def _slurm_meeting() -> tuple[str, int]:
+def _slurm_meeting() -> str:
     """The first node of this step; a port that follows from its id, below the ephemeral ones."""
     nodes = os.environ["SLURM_STEP_NODELIST"]
     command = ["scontrol", "show", "hostnames", nodes]
     hosts = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     digest = hashlib.sha256(step.encode()).digest()
-    return hosts.split()[0], 20000 + int.from_bytes(digest[:8]) % 12768
+    return f"{hosts.split()[0]}:{20000 + int.from_bytes(digest[:8]) % 12768}"

@@ -156,7 +156,9 @@ class ComponentModel(nn.Module):
         inputs: dict[str, Tensor] = {}
         versions: dict[str, int] = {}
 
-        def keep(name: str, x: Tensor, _out: Tensor) -> None:
+        def keep(name: str, x: Tensor, out: Any) -> None:
+            if not isinstance(out, Tensor):
+                raise _refusal(name, f"returns a {type(out).__name__} (of a hook of its own?)")
             if name in inputs:
                 raise _refusal(name, "runs more than once in one forward pass (shared weights)")
             inputs[name], versions[name] = x, x._version

@@ -32,14 +32,9 @@ class Dist:
 
 
 def init(
-    rank: int,
-    world_size: int,
-    local_rank: int,
-    master_addr: str,
-    master_port: int,
-    device: Literal["auto", "cpu", "cuda"],
+    rank: int, world_size: int, local_rank: int, master: str, device: Literal["auto", "cpu", "cuda"]
 ) -> Dist:
-    """Join the process group (none for one process) on gloo or nccl.
+    """Join the process group (none for one process) on gloo or nccl, at HOST:PORT.
 
     Raises:
         ValueError: device is "cuda" and torch sees no GPU.
@@ -54,8 +49,8 @@ def init(
         place = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(place)
     if world_size > 1:
-        url, backend = f"tcp://{master_addr}:{master_port}", "nccl" if use_cuda else "gloo"
-        torch_dist.init_process_group(backend, url, timedelta(minutes=10), world_size, rank)
+        backend, limit = "nccl" if use_cuda else "gloo", timedelta(minutes=10)
+        torch_dist.init_process_group(backend, f"tcp://{master}", limit, world_size, rank)
     return Dist(rank, world_size, place)
 
 

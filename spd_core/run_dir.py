@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-import yaml
-
 
 class RunDir:
     """The folder `runs/RUN_ID` of one run, every path in it, and the stores that runs share."""
@@ -26,22 +24,6 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.targets = path.parent.parent / "targets"
         self.data = path.parent.parent / "data"
-
-
-def named_run(reference: str) -> str:
-    """The run that runs.yaml calls so, of the current folder or else the repository; else the same.
-
-    A relative path in it starts where the file lies.
-    """
-    for folder in (Path.cwd(), Path(__file__).parent.parent):
-        file = folder / "runs.yaml"
-        names = yaml.safe_load(file.read_text()) if file.is_file() else None
-        if not isinstance(names, dict | None):
-            raise ValueError(f"{file} is no list of NAME: RUN lines")
-        if names and reference in names:
-            named = str(names[reference])
-            return str(folder / named) if (folder / named / "config.yaml").is_file() else named
-    return reference
 
 
 @contextmanager

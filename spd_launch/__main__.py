@@ -1,4 +1,4 @@
-"""python -m spd_launch +experiment=tms_5-2 [key=value ...]
+"""python -m spd_launch +experiment=tms_5-2 [key=value ...], or +sweep=NAME
 
 Compose, validate, plan, take a snapshot of the code, then run here or submit to Slurm.
 """
@@ -19,7 +19,7 @@ from spd_launch.compose import (
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.steps import STEPS
 
-USAGE = "python -m spd_launch [-m] +experiment=NAME [key=value ...]"
+USAGE = "python -m spd_launch [-m] +experiment=NAME | +sweep=NAME [key=value ...]"
 EXAMPLES = """examples:
   python -m spd_launch +experiment=tms_5-2                    on Slurm if there is sbatch, else here
   python -m spd_launch +experiment=tms_5-2 cluster=local train.steps=500

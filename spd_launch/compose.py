@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spd_core.run_dir import named_run
+from spd_core.config import named_run
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.values import Setting, Tree, references, resolve, split_key, with_value
 
@@ -237,7 +237,8 @@ def as_typed(overrides: dict[str, str]) -> str:
 def _check_names(runs: list[dict[str, Setting]]) -> None:
     if any("experiment" not in run for run in runs):
         raise LaunchError(
-            f"choose an experiment: +experiment=NAME{nearest('', experiment_names())}"
+            "choose an experiment, +experiment=NAME, or a sweep, +sweep=NAME"
+            f"{nearest('', experiment_names())}"
         )
     for group in ("experiment", "cluster"):
         valid = names_in(group)

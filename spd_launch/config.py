@@ -8,6 +8,11 @@ from pydantic import Field
 from spd_core.base_config import BaseConfig, Count, Positive
 from spd_core.config import RunConfig, WandbConfig, config_digest
 
+# These go into a shell script: a line's end would end the quoted word that they are there.
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f]*$")]
+Option = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
 
 class ClusterConfig(BaseConfig):
     """A profile of `slurm_templates/`; `kind: local` runs in this process's machine."""
@@ -19,15 +24,15 @@ class ClusterConfig(BaseConfig):
     device: Literal["gpu", "cpu"] = Field(description="whether a task is given a GPU")
     cpus_per_task: Count = Field(description="cores, and CPU threads, of one rank")
     mem_per_task_gb: Positive | None
-    partition: str | None
-    account: str | None
-    qos: str | None
+    partition: Line | None
+    account: Line | None
+    qos: Line | None
     time_min: Count
     signal_delay_s: Count = Field(description="warning before the time limit")
     requeue: Literal["on", "off"] = Field(description="continue by itself after a kill")
-    env: dict[str, str] = Field(description="environment of every task")
-    setup: str | None = Field(description="a shell file of slurm_templates/ sourced first")
-    sbatch: dict[str, str | int | bool] = Field(description="further sbatch options")
+    env: dict[Variable, str] = Field(description="environment of every task")
+    setup: Line | None = Field(description="a shell file of slurm_templates/ sourced first")
+    sbatch: dict[Option, Line | int | bool] = Field(description="further sbatch options")
 
 
 class LaunchConfig(BaseConfig):

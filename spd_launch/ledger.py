@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from spd_core.config import RunConfig, load_config
-from spd_core.run_dir import RunDir, named_run, write_atomic
+from spd_core.config import RunConfig, load_config, named_run
+from spd_core.run_dir import RunDir, write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
 from spd_launch.config import JobConfig

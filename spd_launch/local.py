@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from spd_launch.ledger import LaunchDir, find_row, note_jobs, read_rows
+from spd_core.run_dir import RunDir
+from spd_launch.ledger import LaunchDir, find_row, mark_failed, note_jobs, read_rows
 from spd_launch.plan import Task
+from spd_launch.run_record import read_status
 from spd_launch.steps import STEPS
 from spd_launch.task import STOPPED, rank_environment
 from spd_launch.then import unmet
@@ -64,9 +66,21 @@ def _run_one(launch: LaunchDir, task: Task, python_path: Path, job_id: str) -> i
         for rank in range(dp)
     ]
     try:
-        return _wait(ranks)
+        code = _wait(ranks)
     except KeyboardInterrupt:
         return _interrupt(ranks)
+    if code == 128 + signal.SIGKILL and task.goal not in STEPS:
+        _say_that_it_was_killed(launch.run_dir(task.run_id))
+    return code
+
+
+def _say_that_it_was_killed(run_dir: RunDir) -> None:
+    """Who is killed has no time for it, and only this process sees it."""
+    status = read_status(run_dir)
+    if status is not None and status.state == "running":
+        with suppress(OSError):
+            reason = "by the kernel, if memory ran out (`dmesg` tells)"
+            mark_failed(run_dir, RuntimeError(f"a process was killed by SIGKILL: {reason}"))
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:

@@ -278,7 +278,8 @@ def _varying(all_overrides: Sequence[dict[str, str]]) -> dict[str, str]:
 def _short(value: str) -> str:
     """A value for a name: numbers join their key, words are set off, the longest become digests."""
     if re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value):
-        return re.sub(r"e([-+])0+", r"e\1", value) if len(value) < 10 else f"{float(value):.4g}"
+        text = value if len(value) < 10 else f"{float(value):.4g}"
+        return re.sub(r"e(-?)\+?0*(?=\d)", r"e\1", text)
     word = clean(value.split("/")[-1])
     long = len(word) > MAX_VALUE
     return "_" + (hashlib.sha256(value.encode()).hexdigest()[:6] if long else word)

@@ -1,34 +1,47 @@
-"""python -m spd_launch.resume LAUNCH [TASK]: continue the runs that are neither finished nor live.
+"""python -m spd_launch.resume LAUNCH [TASK] [dp=N]: continue what is neither finished nor live.
 
 They keep their ids and configs, and go on from their newest checkpoints: with the code of the
 launch, or with what lies here now. With a run goes the training of its target, where that has not
 finished, and the steps after it.
+dp=N goes on with N processes: the same batches and masks, so the same run but for the last digits.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from spd_core.config import config_to_yaml
+from spd_core.run_dir import write_atomic
 from spd_launch import ledger, slurm_state
 from spd_launch.__main__ import start
+from spd_launch.config import JobConfig, run_config
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.freeze import change_code
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed, ask_slurm, judge, parser, strangers
-from spd_launch.plan import Task, step_tasks
+from spd_launch.plan import Task, shape, step_tasks
 from spd_launch.snapshot import code_for
 from spd_launch.steps import STEPS
 
 
 def main() -> int:
     options = parser(__doc__ or "", nargs="one")
-    options.add_argument("task", nargs="?", help="index or part of the run id; default: all")
+    options.add_argument(
+        "task", nargs="*", metavar="TASK", help="index or part of the run id (default: all); dp=N"
+    )
     options.add_argument(
         "--with-code", choices=["then", "now"], default="then",
         help="then: what the launch was last sent with (default); now: a new snapshot",
     )  # fmt: skip
-    given = options.parse_args()
+    given = options.parse_intermixed_args()
+    changes = [word for word in given.task if "=" in word]
+    names = [word for word in given.task if "=" not in word]
+    if len(names) > 1 or len(changes) > 1 or not all(re.fullmatch(r"dp=\d+", c) for c in changes):
+        raise LaunchError(f"{' '.join(given.task)!r}: one TASK at most, and dp=N; nothing else")
     launch, run = ledger.find(given.launch, given.out_dir)
-    wanted = given.task or run
+    wanted = names[0] if names else run
     info, rows = ledger.read_info(launch), ledger.read_rows(launch)
     only = None if wanted is None else ledger.find_row(rows, wanted).name
     live = ask_slurm(launch)
@@ -44,11 +57,15 @@ def main() -> int:
         n_live = sum(row.live for row in mine)
         print(f"nothing to resume: {len(mine) - n_live} finished, {n_live} still live")
         return 0
-    python_path = Path(info["python_path"]) if given.with_code == "then" else _code_now(launch)
-    if not (python_path / "spd_launch").is_dir():
+    python_path = Path(info["python_path"])
+    if given.with_code == "then" and not (python_path / "spd_launch").is_dir():
         raise LaunchError(
             f"the code of this launch is gone: {python_path}; --with-code=now takes what is here"
         )
+    if changes:
+        _change_dp(launch, todo, int(changes[0].removeprefix("dp=")))
+    if given.with_code == "now":
+        python_path = _code_now(launch)
     if info["kind"] == "slurm":  # steps that wait for what will not come
         slurm_state.cancel_jobs(sorted({row.job_id for row in todo if row.live}))
     for row in todo:
@@ -86,6 +103,26 @@ def to_send(observed: Sequence[Observed], only: str | None, kind: str) -> list[O
             again |= {name} if goal == "decomposition" else set()
             again |= {after} if goal in STEPS else set()
     return found
+
+
+def _change_dp(launch: LaunchDir, todo: Sequence[Observed], dp: int) -> None:
+    """Write another number of processes into the configs of the runs that go on.
+
+    Raises:
+        LaunchError: it does not fit a batch or the profile; then nothing is changed.
+    """
+    runs = [row.row for row in todo if row.row.goal == "decomposition"]
+    changed = []
+    for task in ledger.load_tasks(launch, runs):
+        try:
+            config = JobConfig.model_validate(dict(task.config) | {"dp": dp})
+        except ValidationError as error:
+            words = "; ".join(details["msg"] for details in error.errors())
+            raise LaunchError(f"{task.run_id} cannot go on with dp={dp}: {words}") from None
+        shape(config.cluster, dp)
+        changed.append((task.run_id, config))
+    for run_id, config in changed:
+        write_atomic(launch.run_dir(run_id).config_file, config_to_yaml(run_config(config)))
 
 
 def _tasks(launch: LaunchDir, todo: Sequence[Observed]) -> list[Task]:

@@ -5,6 +5,7 @@ Jobs carry the launch id as their name, which finds them also when a reply of sb
 
 import re
 import subprocess
+import time
 from dataclasses import dataclass
 
 from spd_launch.errors import LaunchError
@@ -47,6 +48,27 @@ def cancel_jobs(job_ids: list[str]) -> None:
     if job_ids:
         _slurm("scancel", "--state=PENDING", *job_ids)
         _slurm("scancel", *job_ids)
+
+
+def requeue(job_id: str, wait_s: float = 5) -> bool:
+    """Give this job another turn; its controller, while it is down, is asked again and again.
+
+    False where it does not run any more, because it is being cancelled, or where Slurm refuses.
+    """
+    while True:
+        try:
+            state = _slurm("squeue", "-h", "-j", job_id, "-o", "%T").strip()
+            if state == "RUNNING":
+                _slurm("scontrol", "requeue", job_id)
+                return True
+            print(f"this job is {state.lower()}: not requeued", flush=True)
+            return False
+        except (LaunchError, subprocess.TimeoutExpired) as error:
+            print(error, flush=True)
+            refused = isinstance(error, LaunchError) and "slurm controller" not in str(error)
+            if refused:
+                return False
+        time.sleep(wait_s)
 
 
 def array_limit() -> int:

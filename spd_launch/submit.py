@@ -65,7 +65,7 @@ def _take_back(launch: LaunchDir, before: set[str], error: BaseException) -> Non
         slurm_state.cancel_jobs(sent)
     except LaunchError as problem:
         raise LaunchError(
-            f"{error or 'interrupted'}\n       What was sent before could not be cancelled: "
+            f"{str(error) or 'interrupted'}\n       What was sent before could not be cancelled: "
             f"{problem}\n       When Slurm answers again: {again}"
         ) from None
     if sent:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from spd_core.base_config import BaseConfig, Count, Seed
+from spd_core.base_config import BaseConfig, Count, Positive, Seed
 from spd_launch.conditions import holds
 from spd_launch.errors import LaunchError
 from spd_launch.validate import problems
@@ -24,28 +24,29 @@ Run = dict[str, Setting]
 
 
 class Interval(BaseConfig):
-    low: float
-    high: float
-
     @model_validator(mode="after")
     def _has_length(self) -> Self:
-        if not self.low < self.high:
-            raise ValueError(f"low={self.low:g} is not below high={self.high:g}")
+        low, high = self.model_dump()["low"], self.model_dump()["high"]
+        if not low < high:
+            raise ValueError(f"low={low:g} is not below high={high:g}")
         return self
 
 
 class Uniform(Interval):
     kind: Literal["uniform"]
+    low: float
+    high: float
 
 
 class LogUniform(Interval):
     """As many draws between 0.1 and 1 as between 1 and 10."""
 
     kind: Literal["log_uniform"]
-    low: Annotated[float, Field(gt=0)]
+    low: Positive
+    high: Positive
 
 
-class Int(BaseConfig):
+class Int(Interval):
     """Whole numbers from low to high, both included."""
 
     kind: Literal["int"]

@@ -16,7 +16,6 @@ import fcntl
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 from rich.console import Console
 
 from spd_core.run_dir import RunDir, write_atomic
+from spd_launch import slurm_state
 from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_info, read_task
@@ -138,7 +138,7 @@ def run(launch_dir: str, run_id: str) -> None:
             with suppress(OSError):  # a folder gone read-only must not hide what was before
                 mark_failed(run_dir, error)
         if place.rank == 0 and _may_crash_again(config, run_dir, place, error):
-            _requeue()
+            slurm_state.requeue(os.environ["SLURM_JOB_ID"])
         raise
     if outcome == "stopped":
         _leave(config, run_dir, place, stop)
@@ -207,7 +207,7 @@ def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop, commit:
     meeting = _meet(run_dir, place)
     dist = distributed.init(
         place.rank, place.world_size, place.local_rank,
-        meeting.address, meeting.port, _device(config, place),
+        f"{meeting.address}:{meeting.port}", _device(config, place),
     )  # fmt: skip
     if dist.is_main:
         write_environment(run_dir, commit)
@@ -324,7 +324,7 @@ def _leave(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> NoRe
             print(f"time limit reached after {n_limits} requeues; not requeued again")
             sys.exit(1)
         print(f"saved; to be requeued, {n_limits + 1} of {config.launch.max_requeues}", flush=True)
-        if not _requeue():
+        if not slurm_state.requeue(os.environ["SLURM_JOB_ID"]):
             sys.exit(1)
     time.sleep(3600)
     sys.exit(128 + signal.SIGTERM)
@@ -339,17 +339,6 @@ def _may_crash_again(config: JobConfig, run_dir: RunDir, place: Place, error: Ex
     with suppress(OSError):
         return note_crash(run_dir, place.job_id, error)
     return False
-
-
-def _requeue() -> bool:
-    """Ask Slurm for another turn; its controller, if it is down, again and again."""
-    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
-    while (done := subprocess.run(command, capture_output=True, text=True)).returncode:
-        print(f"scontrol requeue: {done.stderr.strip()}", flush=True)
-        if "contact slurm controller" not in done.stderr:
-            return False
-        time.sleep(5)
-    return True
 
 
 def _wait_for_reason(stop: Stop) -> None:

@@ -49,22 +49,28 @@ def validate_all(composed: Sequence[Composed]) -> list[tuple[dict[str, str], Job
     """Each run's overrides and config; nothing is sent while one run is wrong.
 
     Raises:
-        LaunchError: as `validate`; of several runs the wrong ones are named by their overrides.
+        LaunchError: as `validate`; of several runs the wrong ones are named by their overrides:
+            the first of each kind of mistake, up to three kinds.
     """
-    runs, wrong = [], []
+    runs: list[tuple[dict[str, str], JobConfig]] = []
+    wrong: dict[str, list[str]] = {}  # message -> the runs that it is about
     for run in composed:
         try:
             runs.append((run.overrides, validate(run.values)))
         except LaunchError as error:
             if len(composed) == 1:
                 raise
-            wrong.append(f"{as_typed(run.overrides)}\n         {error}")
+            wrong.setdefault(str(error), []).append(as_typed(run.overrides))
     if wrong:
-        more = f"\n       and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise LaunchError(
-            f"{len(wrong)} of {len(composed)} runs cannot be, so none was sent:\n       "
-            + "\n       ".join(wrong[:3]) + more
-        )  # fmt: skip
+        n = sum(map(len, wrong.values()))
+        lines = [f"{n} of {len(composed)} runs cannot be, so none was sent:"]
+        for message, (first, *others) in list(wrong.items())[:3]:
+            lines += [
+                first,
+                f"  {message}",
+                *([f"  {len(others)} more likewise"] if others else []),
+            ]
+        raise LaunchError("\n       ".join(lines))
     return runs
 
 
@@ -84,7 +90,12 @@ def validate(values: dict[str, Any]) -> JobConfig:
         check_parts(config)
     except ValueError as error:
         raise LaunchError(str(error)) from None
-    cluster = config.cluster
+    cluster, out_dir = config.cluster, str(config.launch.out_dir)
+    if cluster.kind == "slurm" and ("%" in out_dir or not out_dir.isprintable()):
+        raise LaunchError(
+            f"launch.out_dir={out_dir!r}: Slurm takes % in the path of a log for a pattern, and "
+            "line ends for its end; choose another folder"
+        )
     if cluster.kind == "slurm" and cluster.signal_delay_s >= 60 * cluster.time_min:
         raise LaunchError(
             f"cluster.signal_delay_s={cluster.signal_delay_s} is no less than the time limit, "

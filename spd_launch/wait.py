@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed
@@ -38,7 +39,7 @@ def wait(launch: LaunchDir) -> int:
                 if finished or looks_left == 0:
                     break
                 if live is not None:
-                    live.update(_picture(launch, seen, console.height), refresh=True)
+                    live.update(picture(launch, seen, console.height), refresh=True)
                 elif said != (said := _counts(seen)):  # into a file: one line for each change
                     print(said, flush=True)
                 time.sleep(WATCH_S)
@@ -55,15 +56,18 @@ def _counts(seen: Seen) -> str:
     return ", ".join(f"{n} {state}" for state, n in counts) + problem
 
 
-def _picture(launch: LaunchDir, seen: Seen, height: int) -> Group:
-    table = Table("name", "state", "step", "left", "loss", "where")
+def picture(launch: LaunchDir, seen: Seen, height: int) -> Group:
+    """Counts, and as many rows as a terminal of this height has room for; bad ones first."""
+    table = Table()
+    for title in ("name", "state", "step", "left", "loss", "where"):
+        table.add_column(title, no_wrap=True)
     first = {state: place for place, state in enumerate(ORDER)}
     rows = sorted(seen.rows, key=lambda row: first.get(row.state, len(ORDER)))
     room = max(3, height - 7)
     for row in rows[:room]:
         table.add_row(*_cells(launch, row))
     more = f"and {len(rows) - room} more" if len(rows) > room else ""
-    return Group(f"{launch.launch_id}: {_counts(seen)}", table, more)
+    return Group(Text(f"{launch.launch_id}: {_counts(seen)}"), table, Text(more))
 
 
 def _cells(launch: LaunchDir, row: Observed) -> list[str]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from spd_analysis.options import load_options
 from spd_core.base_config import BaseConfig, Count, Fraction, Positive, Seed
 
 DEFAULT = Path(__file__).with_name("default.yaml")
@@ -50,37 +50,5 @@ class ClusteringConfig(BaseConfig):
 
 
 def load_config(file: Path, overrides: Sequence[str]) -> ClusteringConfig:
-    """The config in a YAML file, with `a.b=value` in place of what it says.
-
-    Raises:
-        ValueError: an override or the file cannot be read, or a field is wrong.
-    """
-    if not file.is_file():
-        raise ValueError(f"no config at {file}")
-    values = _read(file.read_text(), str(file))
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        *parents, key = path.split(".")
-        place = values
-        for parent in parents:
-            place = place.get(parent) if isinstance(place, dict) else None
-        if not equals or not isinstance(place, dict):
-            raise ValueError(f"{override!r} is no FIELD=VALUE; fields are {', '.join(_names())}")
-        place[key] = _read(text, override)
-    try:
-        return ClusteringConfig.model_validate(values)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        fields = ", ".join(_names())
-        raise ValueError(f"clustering config: {'; '.join(problems)} (fields: {fields})") from None
-
-
-def _read(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
-
-
-def _names() -> list[str]:
-    return list(ClusteringConfig.model_fields)
+    """As `load_options`; DEFAULT holds the shipped values."""
+    return load_options(ClusteringConfig, file, overrides)

@@ -287,8 +287,8 @@ def main(config_file: Path) -> None:
         sys.exit(f"target.kind={kind} is no language model that this project pretrains")
     store = RunDir(config_file.absolute().parent).targets
     rank, world, local = (int(env.get(n, d)) for n, d in PLACE.items())
-    address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "0"))
-    dist = distributed.init(rank, world, local, address, port, config.train.device)
+    meeting = f"{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '0')}"
+    dist = distributed.init(rank, world, local, meeting, config.train.device)
     console = Console(quiet=not dist.is_main)
     train_target(config, store, dist, console, lambda _: False)
     console.print(f"the target is in {target_folder(config, store)}", soft_wrap=True)

@@ -31,7 +31,8 @@ from runs import CASES, Run, differences, make_run, prepare, start, start_launch
 
 from spd_core.run_dir import read_metrics
 
-PER_RUN, PER_JOB = 8, 4
+PER_RUN, PER_JOB = 8, 5
+FEW_CASES = list(CASES)[:1] + list(CASES)[-2:]  # jobs take long enough
 console = Console(width=110)
 
 
@@ -103,16 +104,17 @@ def on_cluster(options: argparse.Namespace, place: Path, record: Record) -> None
     import on_slurm
 
     chance = random.Random(options.seed)
-    kinds, cases = endless(chance, on_slurm.FAULTS), endless(chance, options.case or CASES)
+    kinds, cases = endless(chance, on_slurm.FAULTS), endless(chance, options.case or FEW_CASES)
 
     def torment(run: Run) -> Iterator[tuple[str, str]]:
         for name in islice(kinds, PER_JOB):
             how, slurms, ours = on_slurm.strike(on_slurm.FAULTS[name], on_slurm.Scene(run, chance))
-            yield name, how
-            if ours:
-                record.seconds["from requeue to start, Slurm's part"].append(slurms)
-                record.seconds["from start to the first new step, ours"].append(ours)
-        (run.orders / "pace").unlink()
+            yield name, f"{how}, {slurms:.0f} s to its start and {ours:.0f} s to a step"
+            if run.state == "finished":
+                break
+            record.seconds["from requeue to start, Slurm's part"].append(slurms)
+            record.seconds["from start to the first new step, ours"].append(ours)
+        (run.orders / "pace").unlink()  # no more waiting
         on_slurm.wait_for(
             lambda: run.state == "finished" and run.run_dir.report_file.exists(), 300, "its end"
         )
@@ -150,6 +152,7 @@ def judge(
     try:
         for name, what in torment(run):
             told.append(f"{name}: {what}")
+            console.print(f"  {told[-1]}", soft_wrap=True)
             faults[name] += name != "left alone" and run.state != "finished"
         problems = differences(run, whole)
     except (AssertionError, TimeoutError, RuntimeError, OSError) as error:
@@ -162,8 +165,7 @@ def judge(
         shutil.copytree(run.launch.path.parent.parent, kept)
         record.problems.append(f"{run.case}: {'; '.join(problems)}; after {told}; kept in {kept}")
         console.print(f"[red]{record.problems[-1]}", soft_wrap=True)
-    done = f"{record.faults.total()} faults, {record.runs} runs; {run.case}: {'; '.join(told)}"
-    console.print(done, soft_wrap=True)
+    console.print(f"{record.faults.total()} faults, {record.runs} runs: {run.case}", soft_wrap=True)
 
 
 def strike_here(fault: Fault, scene: Scene) -> list[int]:

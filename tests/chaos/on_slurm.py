@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runs import CASES, HERE, ROOT, SMALL, Run, forget_orders
@@ -22,6 +22,7 @@ import slurm_cluster
 from slurm_cluster import wait_for
 
 CONTROLLER_S = 60
+USUAL_PACE_S, SLOW_PACE_S = "0.5", "6"
 ON_CLUSTER = ("cluster=cpu", "cluster.partition=scavenge", "cluster.time_min=20")
 
 
@@ -31,6 +32,7 @@ class Scene:
 
     run: Run
     random: random.Random
+    undo: list[Callable[[], object]] = field(default_factory=list)
 
     @property
     def job(self) -> str:
@@ -84,7 +86,7 @@ def submit(case: str, out: Path) -> Run:
     """Send it, so slow that there is time to break it: a file tells each step to wait."""
     orders = out / "orders"
     orders.mkdir(parents=True)
-    (orders / "pace").touch()
+    (orders / "pace").write_text(USUAL_PACE_S)
     where = [f"cluster.env.SPD_CHAOS='{orders}'", f"launch.out_dir='{out}'", "launch.snapshot=off"]
     command("spd_launch", *SMALL, *CASES[case], *ON_CLUSTER, *where)
     launch = ledger.find_launch("latest", out)
@@ -153,23 +155,22 @@ def lose_slurmd(scene: Scene) -> None:
     for pid, name in slurm_cluster.running(node).items():
         if name == "slurmd":
             os.kill(pid, signal.SIGKILL)
-    _wait_until_lost(node)
-    slurm_cluster.start(node, "slurmd", "-D", "-N", node)
+    scene.undo.append(lambda: slurm_cluster.start(node, "slurmd", "-D", "-N", node))
+    _wait_until_lost(scene, node)
 
 
 def cut_network(scene: Scene) -> None:
     node = scene.shown("BatchHost")
     link = ["ip", "-n", slurm_cluster.namespace("ctl"), "link", "set", node]
     subprocess.run([*link, "down"], check=True)
-    try:
-        _wait_until_lost(node)
-    finally:
-        subprocess.run([*link, "up"], check=True)
+    scene.undo.append(lambda: subprocess.run([*link, "up"], check=True))
+    _wait_until_lost(scene, node)
 
 
-def _wait_until_lost(node: str) -> None:
+def _wait_until_lost(scene: Scene, node: str) -> None:
+    (scene.run.orders / "pace").write_text(SLOW_PACE_S)  # that it does not end before
     shown = ("sinfo", "-h", "-n", node, "-o", "%T")
-    wait_for(lambda: "down" in slurm(*shown), 90, f"{node} to be lost")
+    wait_for(lambda: "down" in slurm(*shown), 180, f"{node} to be lost")
 
 
 def controller_down(scene: Scene) -> None:
@@ -200,7 +201,7 @@ FAULTS: dict[str, Fault] = {
 
 
 def strike(fault: Fault, scene: Scene) -> tuple[str, float, float]:
-    """Break a run that works, and bring it back: how, and the seconds to start and to step.
+    """Break a run that works, and see it back: how, and the seconds to its start and to a step.
 
     Slurm's part is from the fault, or from `resume`, to the job's start; ours from there to the
     first new step.
@@ -208,25 +209,34 @@ def strike(fault: Fault, scene: Scene) -> tuple[str, float, float]:
     run, line_s = scene.run, scene.last_line_s()
     wait_for(lambda: scene.last_line_s() > line_s or run.state == "finished", 180, "a step")
     time.sleep(scene.random.random())
-    attempt, began, how = run.attempts, time.time(), "requeued"
+    attempt, began = run.attempts, time.time()
     if run.state == "finished":
         return "too late", 0, 0
-    fault(scene)
-    deadline = began + 240
+    try:
+        fault(scene)
+        how, began = _see_it_back(scene, attempt, began)
+        forget_orders(run)
+        (run.orders / "pace").write_text(USUAL_PACE_S)
+        started = time.mktime(time.strptime(scene.shown("StartTime"), "%Y-%m-%dT%H:%M:%S"))
+        wait_for(lambda: scene.last_line_s() > started or run.state == "finished", 180, "a step")
+        return how, max(0.0, started - began), scene.last_line_s() - started
+    finally:
+        for undo in scene.undo:
+            undo()
+
+
+def _see_it_back(scene: Scene, attempt: int, began: float) -> tuple[str, float]:
+    """Wait for the next attempt, by `resume` where the job is over; how it came, and since when."""
+    run, deadline, how = scene.run, time.monotonic() + 240, "requeued"
     while run.attempts == attempt and run.state != "finished":
         [row] = observe(run.launch, ledger.read_rows(run.launch)[:1])
         if not row.live:
-            began, how = time.time(), f"{row.state}, resumed"
+            how, began = f"{row.state}, resumed", time.time()
             forget_orders(run)
             out_dir = f"--out-dir={run.launch.path.parent.parent}"
             command("spd_launch.resume", run.launch.launch_id, out_dir)
             wait_for(lambda: run.attempts > attempt, 180, "the job to start")
-        if time.time() > deadline:
+        if time.monotonic() > deadline:
             raise TimeoutError(f"it did not start again: {slurm('squeue')}{slurm('sinfo')}")
         time.sleep(0.3)
-    forget_orders(run)
-    if run.state == "finished":
-        return "finished", 0, 0
-    started = time.mktime(time.strptime(scene.shown("StartTime"), "%Y-%m-%dT%H:%M:%S"))
-    wait_for(lambda: scene.last_line_s() > started or run.state == "finished", 180, "a new step")
-    return how, max(0.0, started - began), scene.last_line_s() - started
+    return ("finished" if run.state == "finished" else how), began

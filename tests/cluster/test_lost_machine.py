@@ -16,7 +16,7 @@ from pathlib import Path
 from spd_core import distributed
 from spd_launch.peers import watching
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-dist = distributed.init(rank, 3, rank, sys.argv[3], 29517, "cpu")
+dist = distributed.init(rank, 3, rank, f"{sys.argv[3]}:29517", "cpu")
 with watching(dist, sys.argv[3], (folder / f"marked-{rank}").touch):
     (folder / f"in-{rank}").touch()
     while True:

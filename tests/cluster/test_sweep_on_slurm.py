@@ -96,11 +96,11 @@ def test_waiting_ends_with_code_1_when_a_run_failed(
     os.close(theirs)
     shown = "".join(iter(lambda: read(mine), ""))
     assert waiting.wait(timeout=60) == 1
-    assert "│ tms_5-2-seed0-start1e30" in shown and "│ running" in shown
+    assert "tms_5-2-seed0-start1e30" in shown and "│ running" in shown, shown
     assert "1 finished, 1 failed" in shown or "1 failed, 1 finished" in shown
     [failed] = [
         job for run, job in ledger.latest_jobs(ledger.find_launch("latest", out)).items()
-        if "1e30" in run
+        if "start1e30" in run
     ]  # fmt: skip
     told = slurm.run("scontrol", "show", "job", failed)
     assert "JobState=FAILED" in told and "ExitCode=1:0" in told

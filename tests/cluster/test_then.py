@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,13 @@ def states(folder: LaunchDir) -> dict[str, str]:
 
 def dependency(slurm: Cluster, job: str) -> str:
     return slurm.run("squeue", "-h", "-r", "-j", job, "-o", "%E").splitlines()[0]
+
+
+def slurm_times(slurm: Cluster, job: str) -> tuple[str, str]:
+    """Start and end of a job's last attempt, as Slurm saw them; ISO dates compare as text."""
+    shown = slurm.run("scontrol", "show", "job", "--oneliner", job)
+    start, end = (shown.split(f" {key}=")[1].split()[0] for key in ("StartTime", "EndTime"))
+    return start, end
 
 
 def queue_is_empty(slurm: Cluster, folder: LaunchDir) -> bool:
@@ -112,13 +120,24 @@ def test_steps_are_cancelled_with_their_runs(
     assert set(states(folder).values()) == {"cancelled"}
 
 
-def test_a_requeued_run_is_still_waited_for(launch: Launch, slurm: Cluster, go: Path) -> None:
-    folder, [run] = launch("seed=1", "launch.then=[report]", *NO_FIGURES, until(go, "wait"))
+@pytest.mark.parametrize("steps", ["report", "evaluate,report"])
+def test_what_follows_a_requeued_run_starts_when_that_has_really_ended(
+    steps: str, launch: Launch, slurm: Cluster, go: Path
+) -> None:
+    arguments = ["-m", "seed=0,1", f"launch.then=[{steps}]", *NO_FIGURES, until(go, "wait")]
+    folder, [_, run] = launch(*arguments)
     jobs = ledger.latest_jobs(folder)
     wait_until(folder, run, "running")
     slurm.run("scontrol", "requeue", jobs[run.run_id])
     wait_for(lambda: status(folder, run).attempt == 2, 120, "the second attempt")
-    assert set(states(folder).values()) == {"pending"}  # neither the evaluation nor the report
+    # Who waits for the run itself still does; the report waits for what comes last in each chain.
+    chain = [run.run_id, f"evaluate-{run.run_id}", "report"]
+    chain = [name for name in chain if name in jobs]
+    for first, then in pairwise(chain):
+        assert f":{jobs[first].split('_')[0]}" in dependency(slurm, jobs[then]), (first, then)
     go.touch()
     wait_until(folder, run, "finished")
     wait_for(lambda: set(states(folder).values()) == {"finished"}, 120, f"all of {states(folder)}")
+    times = [slurm_times(slurm, jobs[name]) for name in chain]
+    for (_, ended), (started, _) in pairwise(times):
+        assert ended <= started

@@ -20,7 +20,7 @@ def test_overrides_reach_every_level():
 
 
 @pytest.mark.parametrize("override, message", [
-    ("alhpa=1", "alhpa.*fields: seed, data, modules"),
+    ("alhpa=1", "alhpa.*fields are seed, data, modules"),
     ("alpha", "'alpha' is no FIELD=VALUE"),
     ("nothing.here=1", "'nothing.here=1' is no FIELD=VALUE"),
     ("alpha=-1", "alpha: Input should be greater than or equal to 0"),
@@ -37,5 +37,5 @@ def test_what_is_wrong_is_named(override, message):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="no config at"):
+    with pytest.raises(ValueError, match="no options at"):
         load_config(tmp_path / "mine.yaml", [])

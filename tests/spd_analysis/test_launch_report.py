@@ -168,6 +168,15 @@ def test_what_was_found_about_the_launch_is_shown(launched):
     assert "How alike" in page and "1 is the same" in page
 
 
+def test_small_pictures_of_every_run_that_has_them(launched):
+    folder, runs = launched({"seed": "0"}, {"seed": "1"})
+    for run_dir in runs[:1]:
+        (run_dir.path / "clusterings" / "mine").mkdir(parents=True)
+        Image.new("RGB", (900, 300)).save(run_dir.path / "clusterings" / "mine" / "clustering.png")
+    page = write_launch_report(folder).read_text()
+    assert "<h2>Clustering mine</h2>" in page and page.count("<figcaption>") == 1
+
+
 def test_the_command_takes_a_launch(launched):
     folder, _ = launched({"seed": "0"}, {"seed": "1"})
     command = [sys.executable, "-m", "spd_analysis.report", str(folder)]

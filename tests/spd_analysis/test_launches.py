@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from rich.console import Console
 
 from spd_analysis.launches import (
     analysis_folder,
@@ -40,6 +41,25 @@ def test_a_launch_is_found_as_status_finds_it(name, launched):
     assert [r.path.name for r in find_runs([name])] == ["one", "two"]
 
 
+def test_the_newest_launch_of_a_name_is_found_by_it(launched):
+    launched("20261123-101530-my_sweep-aaaa", "old")
+    launched("20261124-101530-my_sweep-wide-aaab", "wide")
+    new = launched("20261124-101530-my_sweep-bbbb", "new")
+    assert find_launch("my sweep") == find_launch("my_sweep") == new
+    assert find_launch("sweep") is None
+
+
+def test_a_name_of_runs_yaml_is_that_run_also_where_a_launch_has_it(
+    launched, tmp_path, monkeypatch
+):
+    launched("20261124-101530-wide-bbbb", "one", "two")
+    (tmp_path / "runs.yaml").write_text("wide: two\ngood: runs/one\n")
+    monkeypatch.chdir(tmp_path)
+    assert [r.path.name for r in find_runs(["wide"])] == ["two"]
+    assert [r.path.name for r in find_runs(["good"])] == ["one"]
+    assert [r.path.name for r in find_runs(["bbbb"])] == ["one", "two"]
+
+
 def test_several_launches_of_one_beginning_are_named(launched):
     launched("2026-a", "one"), launched("2026-b", "two")
     with pytest.raises(ValueError, match="'2026' names 2 launches: 2026-a, 2026-b"):
@@ -68,20 +88,20 @@ def test_targets_are_no_decompositions(launched):
 def test_runs_without_a_checkpoint_are_left_out_of_a_launch_but_not_if_named(launched, capsys):
     launched("2026-a", "one", "two")
     with pytest.raises(ValueError, match=r"no checkpoint in .*one .*, .*two \(not launched\): "):
-        with_checkpoints(["2026-a"])
+        with_checkpoints(["2026-a"], Console())
     one, two = find_runs(["2026-a"])
     (two.checkpoints / "step_2").mkdir(parents=True)
-    assert [r.path.name for r in with_checkpoints(["2026-a"])] == ["two"]
-    assert f"no checkpoint: {one.path} (not launched)" in capsys.readouterr().err
-    assert [r.path.name for r in with_checkpoints(["two"])] == ["two"]
+    assert [r.path.name for r in with_checkpoints(["2026-a"], Console())] == ["two"]
+    assert f"no checkpoint: {one.path} (not launched)" in capsys.readouterr().out
+    assert [r.path.name for r in with_checkpoints(["two"], Console())] == ["two"]
     for named in (["one", "two"], ["2026-a", "one"]):
         with pytest.raises(
             ValueError, match=r"no checkpoint in .*runs/one \(not launched\).*resume"
         ):
-            with_checkpoints(named)
+            with_checkpoints(named, Console())
     one.status_file.write_text('{"state": "failed"}')
     with pytest.raises(ValueError, match=r"runs/one \(failed\)"):
-        with_checkpoints(["one"])
+        with_checkpoints(["one"], Console())
 
 
 def test_findings_lie_with_the_launch_or_beside_the_runs(launched, tmp_path):

@@ -6,7 +6,16 @@ import re
 import pytest
 from PIL import Image
 
-from spd_analysis.page import EMBEDDED_WHOLE, analyses, folded, page, pictures, section, smaller
+from spd_analysis.page import (
+    EMBEDDED_WHOLE,
+    analyses,
+    clusterings,
+    folded,
+    page,
+    pictures,
+    section,
+    smaller,
+)
 
 
 def picture(path, width, height, noise=False):
@@ -69,3 +78,15 @@ def test_a_long_summary_is_cut_and_says_where_the_rest_is(tmp_path):
     file.write_text(json.dumps(list(range(10_000)) and {"all": list(range(10_000))}))
     text = "\n".join(analyses(tmp_path))
     assert len(text) < 30_000 and f"the rest is in {file}" in text
+
+
+def test_clusterings_and_ensembles_of_a_run(make_run_dir):
+    run_dir = make_run_dir("a_run")
+    assert clusterings(run_dir) == {}
+    root = run_dir.path / "clusterings"
+    one = picture(root / "one" / "clustering.png", 5, 5)
+    seeds = [picture(root / "many" / f"seed_{i}" / "clustering.png", 5, 5) for i in (0, 1)]
+    both = picture(root / "many" / "distances" / "distances.png", 5, 5)
+    files = {title: file for title, (file, _) in clusterings(run_dir).items()}
+    assert files == {"Clustering one": one, "Clustering many, seed_0": seeds[0],
+                     "Ensemble many": both}  # fmt: skip

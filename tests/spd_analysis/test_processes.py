@@ -7,7 +7,7 @@ import pytest
 
 from spd_analysis.processes import joined, run_here
 
-PROGRAM = """
+PROGRAM = r"""
 import sys
 import time
 import torch
@@ -19,7 +19,9 @@ with joined("cpu") as dist:
         time.sleep(0 if dist.rank else 60)
         sys.exit(7)
     total = all_reduce("sum", torch.tensor(10.0 ** dist.rank), dist)
-    print(f"rank {dist.rank} of {dist.world_size} got {int(total)}", flush=True)
+    # One write: lines of several processes in one file must not mix.
+    sys.stdout.write(f"rank {dist.rank} of {dist.world_size} got {int(total)}\n")
+    sys.stdout.flush()
 """
 
 
@@ -67,9 +69,14 @@ def test_the_tasks_of_an_srun_meet_on_its_first_node(program, tmp_path, monkeypa
     assert out == ["rank 0 of 2 got 11", "rank 1 of 2 got 11"]
 
 
-def test_alone_in_a_batch_script_of_several_tasks(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setenv("SLURM_PROCID", "0")
+@pytest.mark.parametrize("environment", [
+    {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # in a batch script, outside of any srun
+    {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},  # a step that follows runs here
+])  # fmt: skip
+def test_alone(environment, monkeypatch):
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with joined("cpu") as dist:
         assert (dist.rank, dist.world_size) == (0, 1)

@@ -97,7 +97,7 @@ def stopping_run(config, dist, folder):
 
 def rank_main(rank, world, port, configs, run_config, folder, queue):
     torch.set_num_threads(1)
-    dist = distributed.init(rank, world, rank, "127.0.0.1", port, "cpu")
+    dist = distributed.init(rank, world, rank, f"127.0.0.1:{port}", "cpu")
     steps = {name: one_step(config, dist) for name, config in configs.items()}
     flags = [distributed.any_rank(flag, dist) for flag in (rank == world - 1, False)]
     summed = distributed.all_reduce("sum", torch.tensor([rank + 1.0]), dist).item()
@@ -183,7 +183,7 @@ def test_ranks_compute_what_one_process_computes(world, make_config, make_run_di
 
 
 def test_one_process_needs_no_group():
-    dist = distributed.init(0, 1, 0, "", 0, "cpu")
+    dist = distributed.init(0, 1, 0, "", "cpu")
     assert dist == Dist(0, 1, CPU) and dist.is_main
     assert not torch.distributed.is_initialized()
     x = torch.tensor([2.0], requires_grad=True)
@@ -196,4 +196,4 @@ def test_asking_for_a_gpu_that_is_not_there_is_an_error():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match="device=cuda"):
-        distributed.init(0, 1, 0, "", 0, "cuda")
+        distributed.init(0, 1, 0, "", "cuda")

@@ -180,7 +180,7 @@ def test_validation_loss(one_process):
 
 def rank_main(rank, world, port, config, queue):
     torch.set_num_threads(1)
-    dist = distributed.init(rank, world, rank, "127.0.0.1", port, "cpu")
+    dist = distributed.init(rank, world, rank, f"127.0.0.1:{port}", "cpu")
     model, loss = train(config, dist)
     distributed.shutdown()
     queue.put(({name: weight.tolist() for name, weight in weights_of(model).items()}, loss))

@@ -93,7 +93,7 @@ def test_a_loaded_state_goes_on_as_the_saved_one(seed, n_batches):
 def rank_main(rank, port, queue):
     """Six steps of two microbatches; what is alive after each, and the state that is saved."""
     torch.set_num_threads(1)
-    dist = distributed.init(rank, 2, rank, "127.0.0.1", port, "cpu")
+    dist = distributed.init(rank, 2, rank, f"127.0.0.1:{port}", "cpu")
     generator, config = torch.Generator().manual_seed(rank), options(24)
     ago, counts, seen = never(24, "a"), [], []
     for _ in range(6):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 LOCAL = ["+experiment=tms_5-2", "cluster=local"]
 
 BAD = [
-    (["train.steps=0"], "choose an experiment: .*valid: .*tms_5-2"),
+    (["train.steps=0"], r"choose an experiment, .*\+sweep=NAME; valid: .*tms_5-2"),
     (["+experiment=tms_52"], "no experiment named 'tms_52'; did you mean tms_5-2"),
     (["+experiment=tms_5-2", "cluster=locl"], "no cluster named 'locl'; did you mean local"),
     ([*LOCAL, "train.stepz=3"], "train.stepz=3: no field 'stepz' in train; did you mean steps"),
@@ -106,7 +106,9 @@ def test_one_bad_run_of_many_is_named_and_nothing_is_sent(tmp_path: Path) -> Non
     done = run("spd_launch", "-m", *LOCAL, *many, drop, "eval.batch_size=64", out=tmp_path)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert "error: 100 of 1000 runs cannot be, so none was sent:" in done.stderr
-    assert "and 97 more" in done.stderr
+    assert "seed=0 train.batch_size=96 dp=64" in done.stderr
+    assert "train.batch_size=96 does not divide by dp=64" in done.stderr
+    assert "  99 more likewise" in done.stderr
     one = ["seed=range(0,250)", "train.steps=100,0", "eval.batch_size=64", "seed=range(1,2)"]
     with pytest.raises(
         LaunchError, match=r"(?s)1 of 2 runs .*seed=1 train\.steps=0 .*train\.steps=0:"

@@ -118,8 +118,9 @@ def test_a_thousand_runs_are_looked_through_in_no_time(tmp_path: Path, code: str
 
 @pytest.mark.slow
 def test_a_sweep_is_run_once(tmp_path: Path) -> None:
-    first = run("spd_launch", "-m", *TINY, "seed=0,1", out=tmp_path)
+    first = run("spd_launch", "-m", *TINY, "seed=0,1", "launch.wait=true", out=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
+    assert "(local)  2 run(s): 2 finished" in first.stdout  # here, the table comes at the end
     before = sorted((tmp_path / "runs").iterdir())
     more = run("spd_launch", "-m", *TINY, "seed=0,1,2", out=tmp_path)
     assert more.returncode == 0, more.stdout + more.stderr

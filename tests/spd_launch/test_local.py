@@ -152,3 +152,35 @@ def test_a_killed_launcher_takes_its_ranks_along_and_one_worker_holds_a_run(
     meta = json.loads((run_dir.checkpoints / f"step_{step}" / "meta.json").read_text())
     assert meta["step"] == step
     launcher.communicate(timeout=30)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_another_number_of_processes(start: Start, out: Path) -> None:
+    names = ("ci_histograms", "component_activation_density", "uv_plots",
+             "ci_mean_per_component", "permuted_ci_plots")  # fmt: skip
+    steps = ["train.steps=60", "eval.every=60", "eval.slow_every=60", "track.log_every=1",
+             "checkpoint.every_steps=20", "dp=2"]  # fmt: skip
+    steps += [f"eval.metrics.{name}=null" for name in names]
+    ended(start("spd_launch", *RUN, *steps), 0)
+    whole = newest_run(out)
+    before = len(list(out.glob("runs/*")))
+    launcher = start("spd_launch", *RUN, *steps)
+    run_dir = wait_for_checkpoint(out, before)
+    os.kill(ranks_of(run_dir)[0], signal.SIGKILL)
+    assert "spd_launch.resume" in ended(launcher, 137)
+    assert current(out).state == "failed"
+    shown = ended(start("spd_launch.status", "latest"), 0)
+    assert "killed" in shown
+
+    config = run_dir.config_file.read_text()
+    refused = ended(start("spd_launch.resume", "latest", "dp=3"), 2)
+    assert "train.batch_size=64 does not divide by dp=3" in refused
+    assert "TASK at most, and dp=N" in ended(start("spd_launch.resume", "latest", "seed=3"), 2)
+    assert run_dir.config_file.read_text() == config and current(out).state == "failed"
+
+    ended(start("spd_launch.resume", "latest", "0", "dp=1"), 0)
+    assert current(out).state == "finished" and current(out).attempt == 2
+    for got, wanted in zip(read_metrics(run_dir), read_metrics(whole), strict=True):
+        timed = {k for k in wanted if k in ("time", "examples_per_s") or "cost" in k}
+        for key in wanted.keys() - timed:
+            assert got[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), key

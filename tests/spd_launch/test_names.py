@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from launches import launched
 
+from spd_core.config import named_run
 from spd_core.load import find_run
-from spd_core.run_dir import named_run
 from spd_launch.compose import compose
 from spd_launch.errors import LaunchError
 from spd_launch.ledger import find, find_launch, read_rows

@@ -30,7 +30,7 @@ def meet(dist):
 def rank_main(rank, world, port, folder, body, arguments):
     torch.set_num_threads(1)
     os.dup2(os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
-    dist = distributed.init(rank, world, rank, "127.0.0.1", port, "cpu")
+    dist = distributed.init(rank, world, rank, f"127.0.0.1:{port}", "cpu")
     with watching(dist, "127.0.0.1"):
         meet(dist)
     with watching(dist, "127.0.0.1", (folder / f"marked-{rank}").touch):

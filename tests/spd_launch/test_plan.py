@@ -69,7 +69,7 @@ def test_run_ids_show_what_varies() -> None:
 
 def test_run_ids_leave_out_what_is_the_same_and_tell_keys_apart() -> None:
     keys = ["losses.stochastic_recon.coeff", "losses.faithfulness.coeff", "train.lr.start"]
-    rows = [("1", "0.5", "1e-05"), ("2", "0.5", "0.0031622776"), ("2", "0.7", "1e-05")]
+    rows = [("1", "0.5", "1e-05"), ("2e+30", "0.5", "0.0031622776"), ("2e+30", "0.7", "1e-05")]
     runs = [
         (
             {"experiment": "x", **dict(zip(keys, row, strict=True)), "train.steps": "4"},
@@ -79,8 +79,8 @@ def test_run_ids_leave_out_what_is_the_same_and_tell_keys_apart() -> None:
     ]
     assert run_ids(runs, "ab12") == [
         "tms_5-2-seed0-stochastic_recon.coeff1-faithfulness.coeff0.5-start1e-5-ab12",
-        "tms_5-2-seed1-stochastic_recon.coeff2-faithfulness.coeff0.5-start0.003162-ab12",
-        "tms_5-2-seed2-stochastic_recon.coeff2-faithfulness.coeff0.7-start1e-5-ab12",
+        "tms_5-2-seed1-stochastic_recon.coeff2e30-faithfulness.coeff0.5-start0.003162-ab12",
+        "tms_5-2-seed2-stochastic_recon.coeff2e30-faithfulness.coeff0.7-start1e-5-ab12",
     ]
     assert run_ids([(o | {keys[1]: "1"}, c) for o, c in runs], "ab12")[0] == (
         "tms_5-2-seed0-coeff1-start1e-5-ab12"

@@ -182,6 +182,18 @@ def test_a_sweep_without_experiments_is_for_any(sweep) -> None:
         configs("+sweep=mine")
 
 
+def test_the_example_of_the_manual_is_valid(sweep) -> None:
+    manual = (ROOT / "docs" / "sweeps.md").read_text()
+    sweep(manual.split("```yaml\n")[1].split("```")[0])
+    found = configs("+sweep=mine")
+    # Seeds x (coefficients x pairs, of which `where` drops one) x draws; then one coefficient.
+    names = [config.experiment for config in found]
+    assert names == ["tms_5-2"] * 3 * 3 * 20 + ["tms_5-2-id"] * 3 * 2 * 20
+    pairs = {(c.train.batch_size, c.train.lr.start) for c in found}
+    assert pairs == {(1024, 1e-3), (4096, 2e-3)}
+    assert {c.eval.slow_every for c in found} == {5000}
+
+
 def test_the_current_directorys_sweeps_come_first(tmp_path: Path, sweep) -> None:
     sweep(FILE)
     (tmp_path / "sweeps" / "mine.yaml").rename(tmp_path / "sweeps" / "tms_sparsity.yaml")
@@ -198,6 +210,8 @@ BAD = [
      r"global\.random\.keys\.a\.low=0: .*greater than 0"),
     ("global: {random: {n: 1, seed: 0, keys: {a: {kind: uniform, low: 3, high: 1}}}}",
      "low=3 is not below high=1"),
+    ("global: {random: {n: 1, seed: 0, keys: {a: {kind: int, low: 3, high: 3}}}}",
+     "low=3 is not below high=3"),
     ("global: {random: {n: 1, seed: 0, keys: {a: {kind: uniform, low: 3, hihg: 4}}}}",
      "no field 'hihg' .*did you mean high"),
     ("global: {grid: {seed: 3}}", r"global\.grid\.seed=3: .*valid list"),
