@@ -1,6 +1,6 @@
 """Break small runs in every way a machine or a cluster does, continue them, and compare.
 
-    python tests/chaos/chaos.py --faults 200                    on this machine
+    python tests/chaos/chaos.py --faults 200 --minutes 60       on this machine
     python tests/chaos/chaos.py --where cluster --minutes 20    on the four-node test cluster
 
 A run is broken a few times at random moments, continued after each, and at the end compared with
