@@ -136,7 +136,9 @@ def until_enough(
 
 @cache
 def left_alone(case: str, place: Path) -> Run:
-    run = make_run(case, place / "whole" / case.replace(" ", "_"))
+    """The run that nobody breaks; it keeps every step, since a stop may save after any."""
+    every_step = ("checkpoint.every_steps=1", "checkpoint.keep=1000")
+    run = make_run(case, place / "whole" / case.replace(" ", "_"), *every_step)
     start(run)
     codes = wait(run, timeout_s=600)
     assert run.state == "finished" and not any(codes), run.log.read_text()
