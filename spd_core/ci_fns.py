@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spd_core import native
 from spd_core.components import LinearComponents
 from spd_core.config import AnyCiFnConfig, CiFnConfig, CustomCiFnConfig
 from spd_core.parts import load_part
@@ -24,10 +25,9 @@ class CausalImportance:
     upper: Float[Tensor, "... C"]
     pre_sigmoid: Float[Tensor, "... C"]
 
-    def at(self, rows: Int[Tensor, "n"]) -> "CausalImportance":
+    def at(self, rows: Int[Tensor, "n"] | slice) -> "CausalImportance":
         """Those of some examples, or of the same one several times."""
-        values = (self.lower, self.upper, self.pre_sigmoid)
-        return CausalImportance(*(value.index_select(0, rows) for value in values))
+        return CausalImportance(self.lower[rows], self.upper[rows], self.pre_sigmoid[rows])
 
 
 class _LowerLeakyHard(torch.autograd.Function):
@@ -69,6 +69,8 @@ def apply_sigmoid(
     g = pre_sigmoid.to(torch.promote_types(pre_sigmoid.dtype, torch.float32))
     jittered = g if binomial_noise is None else 1.05 * g - 0.05 * binomial_noise
     match sigmoid:
+        case "leaky_hard" if binomial_noise is None and native.is_native(g):
+            return CausalImportance(*native.leaky_hard(g, LEAK), g)
         case "leaky_hard":
             return CausalImportance(lower_leaky_hard(jittered), upper_leaky_hard(g), g)
         case "normal":
@@ -113,7 +115,11 @@ class CiFn(nn.Module):
             case "mlp":
                 assert inner_acts is not None
                 *positions, C = inner_acts.shape
-                h = inner_acts.reshape(-1, C).T.unsqueeze(1)
+                x = inner_acts.reshape(-1, C)
+                if len(inner) == 1 and native.is_native(x, last_weight):
+                    g = native.scalar_mlps(x, *inner[0], last_weight, last_bias)
+                    return g.view(inner_acts.shape)
+                h = x.T.unsqueeze(1)
             case "vector_mlp":
                 *positions, d_in = x.shape
                 h = x.reshape(-1, d_in).T.expand(len(self.weights[0]), -1, -1)

@@ -45,7 +45,10 @@ class BatchStream:
         )
 
     def _draw(self, one_shard: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        return torch.cat([one_shard(n, generator) for generator, n in self.shards])[self.rows]
+        drawn = torch.cat([one_shard(n, generator) for generator, n in self.shards])
+        if isinstance(self.rows, slice):
+            return drawn[self.rows]
+        return drawn.index_select(0, self.rows)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_core import distributed
-from spd_core.ci_fns import CausalImportance
 from spd_core.config import RunConfig
 from spd_core.config.losses import ImportanceMinimalityConfig
-from spd_core.data.batches import Batches, Decomposition, training_batches
+from spd_core.data.batches import Batch, Batches, Decomposition, training_batches
 from spd_core.losses import loss_parts, prepare_step
 from spd_core.schedule import annealed_p, coefficient, schedule_value
 
-ObserveCi = Callable[[dict[str, CausalImportance]], None]
+Observe = Callable[[Batch], None]
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class StepResult:
 
 
 def optimisation_step(
-    d: Decomposition, optimizer: torch.optim.AdamW, step: int, observe: ObserveCi
+    d: Decomposition, optimizer: torch.optim.AdamW, step: int, observe: Observe
 ) -> StepResult:
-    """Step number `step` (0-based); `observe` sees the importances of every microbatch.
+    """Step number `step` (0-based); `observe` sees every microbatch.
 
     Losses are over all ranks and microbatches, norms over the whole gradient before clipping.
     """
@@ -61,7 +60,7 @@ def optimisation_step(
 
 
 def accumulate_gradients(
-    d: Decomposition, batches: Batches, n_micro: int, step: int, observe: ObserveCi
+    d: Decomposition, batches: Batches, n_micro: int, step: int, observe: Observe
 ) -> tuple[dict[str, Float[Tensor, ""]], int]:
     """Add this rank's gradient of the weighted losses to `.grad`.
 
@@ -79,7 +78,7 @@ def accumulate_gradients(
     for _ in range(n_micro):
         with d.autocast():
             batch = next(parts_of_batch)
-            observe(batch.ci)
+            observe(batch)
             parts = {n: loss_parts(n, loss, batch, whole) for n, loss in losses.items()}
         for name, (_, count) in parts.items():
             if counts.setdefault(name, count) != count:

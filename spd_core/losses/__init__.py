@@ -47,7 +47,7 @@ def prepare_step(
         if isinstance(loss, options.ImportanceMinimalityConfig):
             p = step.p[name] = annealed_p(loss, position)
             if n_microbatches > 1:
-                parts = [minimality.power_sums(batch.ci, p) for batch in batches()]
+                parts = [minimality.power_sums(batch, p) for batch in batches()]
                 step.power_sums[name] = torch.stack(parts).sum(0)
         if isinstance(loss, options.PGDReconConfig) and loss.scope == "shared_across_batch":
             routing, active = _routing(name, loss), lambda: (b.active or b for b in batches())
@@ -63,7 +63,7 @@ def loss_parts(name: str, config: options.LossConfig, batch: Batch, step: Step) 
     model, active, routing = step.d.model, batch.active or batch, _routing(name, config)
     match config:
         case options.ImportanceMinimalityConfig():
-            sums = minimality.power_sums(batch.ci, step.p[name])
+            sums = minimality.power_sums(batch, step.p[name])
             if step.n_microbatches > 1:
                 # The whole batch's value with this part's gradient, scaled because the loss, whole
                 # in every microbatch, is averaged over them.

@@ -48,8 +48,9 @@ def worst_sources(
         for batch, batch_routes in zip(batches(), routes, strict=True):
             # Evaluation runs under no_grad, and here the importances are constants.
             with torch.enable_grad():
-                fixed = {n: replace(ci, lower=ci.lower.detach()) for n, ci in batch.ci.items()}
-                sum_, _ = _distance(model, replace(batch, ci=fixed), leaves, batch_routes)
+                ci = {n: replace(ci, lower=ci.lower.detach()) for n, ci in batch.ci.items()}
+                fixed = replace(batch, distinct_ci=ci, place=None)
+                sum_, _ = _distance(model, fixed, leaves, batch_routes)
             if sum_.requires_grad:  # else it depends on no module at all
                 sum_.backward(inputs=list(leaves.values()))
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
