@@ -124,17 +124,15 @@ def make_batch(d: Decomposition, randomness: StepRandomness, purpose: str) -> Ba
     target_out, inputs = model.run_target(examples)
     silent = _silent_examples(config, inputs, len(examples))
     if len(silent) < 2:
-        own_acts = model.own_acts(inputs)
         noise = randomness.batch_stream(f"{purpose}:binomial")
-        ci = model.causal_importances(inputs, own_acts, noise)
+        ci, own_acts = model.causal_importances(inputs, noise)
         return Batch(examples, target_out, inputs, ci, randomness, own_acts)
     # Causal importances once for all silent examples, in row 0.
     place = torch.ones(len(examples), dtype=torch.long).index_fill_(0, silent, 0)
     rows = place.nonzero()[:, 0]
     place[rows] = torch.arange(1, len(rows) + 1)
     few = {name: x[torch.cat([silent[:1], rows])] for name, x in inputs.items()}
-    own_acts = model.own_acts(few)
-    ci = model.causal_importances(few, own_acts, noise=None)
+    ci, own_acts = model.causal_importances(few, noise=None)
     active = Batch(
         examples[rows],
         target_out[rows],

@@ -122,11 +122,9 @@ def test_faithfulness(tms_model):
 
 @given(st.floats(0.3, 2.0), st.sampled_from([0.0, 0.5]), st.sampled_from([(5,), (2, 3)]))
 def test_importance_minimality(p, beta, leading):
-    from spd_core.distributed import Dist
-
     upper = {"a": torch.rand(*leading, 2) * 1.2, "b": torch.rand(*leading, 3).round()}
     ci = {n: CausalImportance(u.new_zeros(u.shape), u, u) for n, u in upper.items()}
-    sum_, count = importance_minimality(power_sums(ci, p), beta, Dist(0, 1, CPU))
+    sum_, count = importance_minimality(power_sums(ci, p), beta)
     n = np.prod(leading)
     wanted = 0.0
     for u in upper.values():
@@ -135,10 +133,10 @@ def test_importance_minimality(p, beta, leading):
     assert sum_.item() / count == pytest.approx(wanted, rel=1e-4)
 
 
-def test_importance_minimality_has_finite_gradients_at_zero(one_process):
+def test_importance_minimality_has_finite_gradients_at_zero():
     upper = torch.zeros(4, 3, requires_grad=True)
     sums = power_sums({"a": CausalImportance(upper, upper, upper)}, 0.5)
-    sum_, _ = importance_minimality(sums, 1.0, one_process)
+    sum_, _ = importance_minimality(sums, 1.0)
     sum_.backward()
     assert upper.grad.isfinite().all()
 
