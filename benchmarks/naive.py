@@ -158,7 +158,10 @@ def losses(
                 found[name] = stochastic(f"{name}:0:{first}", routes)
             case "pgd_recon_subset":
                 assert isinstance(loss, PGDReconConfig) and loss.scope == "shared_across_batch"
-                routes, stream = k_subset(f"{name}:route"), randomness.shared_stream(f"{name}:sources")
+                routes, stream = (
+                    k_subset(f"{name}:route"),
+                    randomness.shared_stream(f"{name}:sources"),
+                )
                 ones, sources = (1,) * (1 + len(shape)), {}
                 for n, v in g.items():
                     sources[n] = torch.rand(*ones, v.shape[-1] + 1, generator=stream, device=device)
@@ -176,11 +179,15 @@ def losses(
 
 
 def naive_step(
-    config: RunConfig, model: ComponentModel, data: Path, optimizer: torch.optim.Optimizer, step: int
+    config: RunConfig,
+    model: ComponentModel,
+    data: Path,
+    optimizer: torch.optim.Optimizer,
+    step: int,
 ) -> None:
     optimizer.zero_grad()
     terms = losses(config, model, data, step)
-    coeffs = {n: coefficient(l.coeff, step, config.train.steps)
-              for n, l in config.losses.configured().items()}  # fmt: skip
-    sum(coeffs[name] * value for name, value in terms.items()).backward()
+    options, steps = config.losses.configured(), config.train.steps
+    weighted = [coefficient(options[n].coeff, step, steps) * value for n, value in terms.items()]
+    torch.stack(weighted).sum().backward()
     optimizer.step()

@@ -25,7 +25,6 @@ from rich.table import Table
 
 from benchmarks.naive import naive_step
 from spd_core.component_model import ComponentModel
-from spd_core.config import RunConfig
 from spd_core.data.batches import Decomposition
 from spd_core.distributed import Dist
 from spd_core.randomness import stream
@@ -70,7 +69,9 @@ def measure(experiment: str, steps: int, n_threads: int) -> dict[str, dict[str, 
     context, lines = get_context("spawn"), {}
     for how in HOW:
         ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, experiment, how, n_threads), daemon=True).start()
+        context.Process(
+            target=serve, args=(theirs, experiment, how, n_threads), daemon=True
+        ).start()
         lines[how] = ours
     seconds: dict[str, list[float]] = {how: [] for how in HOW}
     for _ in track(range(N_WARMUP + steps), experiment):
@@ -108,7 +109,10 @@ def make_step(experiment: str, how: How) -> Callable[[int], object]:
     if how == "naive":
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
         return lambda step: naive_step(config, model, data, optimizer, step)
-    d, optimizer = Decomposition(config, model, Dist(0, 1, here), data), build_optimizer(config, model)
+    d, optimizer = (
+        Decomposition(config, model, Dist(0, 1, here), data),
+        build_optimizer(config, model),
+    )
     return lambda step: optimisation_step(d, optimizer, step, lambda _batch: None)
 
 

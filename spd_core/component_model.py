@@ -210,34 +210,25 @@ class ComponentModel(nn.Module):
         with self._hooks(masks if cache is None else self.components, put_in):
             return _select(self.target(batch), self.output)
 
-    def own_acts(
-        self, inputs: dict[str, Float[Tensor, "... d_in"]]
-    ) -> dict[str, Float[Tensor, "... C"]]:
-        """x V on the target's own inputs, of the modules where that is needed more than once."""
-        first = next(iter(inputs.values()))
-        by_ci_fn = self.config.ci_fn.kind in ("mlp", "custom")
-        return {
-            name: self.components[name].inner_acts(x)
-            for name, x in inputs.items()
-            if by_ci_fn or x is first
-        }
-
     def causal_importances(
-        self,
-        inputs: dict[str, Float[Tensor, "... d_in"]],
-        own_acts: dict[str, Float[Tensor, "... C"]],
-        noise: BatchStream | None,
-    ) -> dict[str, CausalImportance]:
-        """Causal importances of every module; `noise` jitters them under binomial sampling."""
-        result = {}
+        self, inputs: dict[str, Float[Tensor, "... d_in"]], noise: BatchStream | None
+    ) -> tuple[dict[str, CausalImportance], dict[str, Float[Tensor, "... C"]]]:
+        """Causal importances of every module, and x V of those where it is needed once more.
+
+        `inputs` are the target's own; `noise` jitters under binomial sampling.
+        """
+        result, own_acts = {}, {}
+        first = next(iter(inputs.values()))
         for name, x in inputs.items():
+            if self.config.ci_fn.kind in ("mlp", "custom") or x is first:
+                own_acts[name] = self.components[name].inner_acts(x)
             x = x.to(self.components[name].V.dtype) if x.is_floating_point() else x
             g = self.ci_fns[name](x, own_acts.get(name))
             jitter = None
             if self.config.sampling == "binomial" and noise is not None:
                 jitter = noise.uniform(*g.shape[1:])
             result[name] = apply_sigmoid(g, self.config.sigmoid, jitter)
-        return result
+        return result, own_acts
 
     @contextmanager
     def _hooks(

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as torch_dist
-from jaxtyping import Float
 from torch import Tensor
 
 
@@ -77,17 +76,6 @@ def over_ranks(
     flat = all_reduce(op, torch.cat([part.flatten() for part in parts.values()]), dist)
     pieces = flat.split([part.numel() for part in parts.values()])
     return {n: t.clone().view_as(p) for (n, p), t in zip(parts.items(), pieces, strict=True)}
-
-
-def all_sum_with_grad(tensor: Float[Tensor, "..."], dist: Dist) -> Float[Tensor, "..."]:
-    """Sum over ranks whose gradient reaches this rank's part.
-
-    The gradient is scaled by world_size because a value that is whole on every rank is divided by
-    the summed count (see the convention above).
-    """
-    if dist.world_size == 1:
-        return tensor
-    return all_reduce("sum", tensor, dist) + dist.world_size * (tensor - tensor.detach())
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], dist: Dist) -> None:

@@ -74,7 +74,7 @@ def cluster_run(
         draw_clustering(history, activations, title, new / "clustering.png")
     print_groups(history, activations, config.alpha, console)
     if d.config.data.kind == "sparse_features":
-        ci = single_feature_ci(d.model, n_features(d.config), d.dist.device)
+        ci = single_feature_ci(d.model, n_features(d.config))
         ci = {name: ci[name].cpu().numpy() for name in matching(list(ci), config.modules)}
         (labels,) = history.labels(n, np.array([history.best]))
         found = features_found(ci, activations.subcomponents, labels)

@@ -136,9 +136,8 @@ def make_batch(d: Decomposition, randomness: StepRandomness, purpose: str) -> Ba
     target_out, inputs = model.run_target(examples)
     silent = _silent_examples(config, inputs, len(examples))
     if len(silent) < 2:
-        own_acts = model.own_acts(inputs)
         noise = randomness.batch_stream(f"{purpose}:binomial")
-        ci = model.causal_importances(inputs, own_acts, noise)
+        ci, own_acts = model.causal_importances(inputs, noise)
         return Batch(examples, target_out, inputs, ci, randomness, own_acts)
     # Causal importances once for all silent examples, in row 0.
     place = torch.ones(len(examples), dtype=torch.long).index_fill_(0, silent, 0)
@@ -146,8 +145,7 @@ def make_batch(d: Decomposition, randomness: StepRandomness, purpose: str) -> Ba
     place[rows] = torch.arange(1, len(rows) + 1)
     kept = torch.cat([silent[:1], rows])
     few = {name: x.index_select(0, kept) for name, x in inputs.items()}
-    own_acts = model.own_acts(few)
-    ci = model.causal_importances(few, own_acts, noise=None)
+    ci, own_acts = model.causal_importances(few, noise=None)
     active = Batch(
         examples.index_select(0, rows),
         target_out.index_select(0, rows),

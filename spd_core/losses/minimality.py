@@ -5,23 +5,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_core.data.batches import Batch
-from spd_core.distributed import Dist, all_sum_with_grad
 from spd_core.losses.distance import LossParts
 
 EPS = 1e-12
 
 
-def importance_minimality(
-    power_sums: Float[Tensor, "C_total_and_n"], beta: float, dist: Dist
-) -> LossParts:
-    """Sum over modules and c of s_c + beta s_c log2(1 + n s_c), from this rank's `power_sums`.
+def importance_minimality(power_sums: Float[Tensor, "C_total_and_n"], beta: float) -> LossParts:
+    """Sum over modules and c of s_c + beta s_c log2(1 + n s_c), from the whole `power_sums`.
 
     s_c is the mean over all n positions of all ranks of (upper_leaky + eps)^p. The sum is whole on
     every rank and its count is 1, so that sum over ranks / count over ranks is the loss.
     """
-    counted = all_sum_with_grad(power_sums, dist)
-    n = counted[-1].detach()
-    s = counted[:-1] / n
+    n = power_sums[-1].detach()
+    s = power_sums[:-1] / n
     return (s + beta * s * torch.log2(1 + n * s)).sum() if beta else s.sum(), 1
 
 

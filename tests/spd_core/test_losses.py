@@ -128,10 +128,8 @@ def with_upper(upper, place=None):
 
 @given(st.floats(0.3, 2.0), st.sampled_from([0.0, 0.5]), st.sampled_from([(5,), (2, 3)]))
 def test_importance_minimality(p, beta, leading):
-    from spd_core.distributed import Dist
-
     upper = {"a": torch.rand(*leading, 2) * 1.2, "b": torch.rand(*leading, 3).round()}
-    sum_, count = importance_minimality(power_sums(with_upper(upper), p), beta, Dist(0, 1, CPU))
+    sum_, count = importance_minimality(power_sums(with_upper(upper), p), beta)
     n = np.prod(leading)
     wanted = 0.0
     for u in upper.values():
@@ -150,10 +148,10 @@ def test_examples_with_the_same_importances_are_counted_as_often_as_they_come(se
     np.testing.assert_allclose(sums, [*np.concatenate(wanted), 6 * np.prod(seq)], rtol=1e-5)
 
 
-def test_importance_minimality_has_finite_gradients_at_zero(one_process):
+def test_importance_minimality_has_finite_gradients_at_zero():
     upper = torch.zeros(4, 3, requires_grad=True)
     sums = power_sums(with_upper({"a": upper}), 0.5)
-    sum_, _ = importance_minimality(sums, 1.0, one_process)
+    sum_, _ = importance_minimality(sums, 1.0)
     sum_.backward()
     assert upper.grad.isfinite().all()
 

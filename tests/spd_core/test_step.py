@@ -206,8 +206,8 @@ def test_p_is_annealed_while_training(make_config, tms_model, one_process):
     seen = []
     config = make_config(*LIVELY, f"losses.importance_minimality={{coeff:1.0,beta:0.0,{anneal}}}")
     losses, _ = losses_and_gradients(config, tms_model(), one_process, seen.append)
-    (ci,) = seen
-    uppers = [module.upper.detach().double().numpy() for module in ci.values()]
+    (batch,) = seen
+    uppers = [module.upper.detach().double().numpy() for module in batch.ci.values()]
     wanted = sum((np.maximum(u, 0) ** 1.5).mean(0).sum() for u in uppers)
     assert wanted > 0.1
     assert losses["importance_minimality"].item() == pytest.approx(wanted, rel=1e-4)
