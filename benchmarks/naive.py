@@ -7,7 +7,9 @@ gradients must be equal.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,13 +30,13 @@ Routes = dict[str, Bool[Tensor, "..."] | None]
 
 class LowerLeakyHard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return x.clamp(0, 1)
 
     @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (x,), (grad,) = ctx.saved_tensors, grad_outputs
         leaked = torch.where(grad < 0, LEAK * grad, torch.zeros_like(grad))
         return torch.where(x <= 0, leaked, torch.where(x <= 1, grad, torch.zeros_like(grad)))
 
@@ -67,10 +69,12 @@ def hooked(
     model: ComponentModel, replace: Callable[[str, Tensor, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """Call replace(name, input, output) after every decomposed module."""
+
+    def after(name: str, _module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor | None:
+        return replace(name, args[0], out)
+
     handles = [
-        model.target.get_submodule(name).register_forward_hook(
-            lambda _module, args, out, name=name: replace(name, args[0], out)
-        )
+        model.target.get_submodule(name).register_forward_hook(partial(after, name))
         for name in model.components
     ]
     yield
@@ -114,7 +118,7 @@ def losses(
     """
     batch_size, device = config.train.batch_size, next(model.parameters()).device
     randomness = StepRandomness(config.seed, step, 0, 1, batch_size, device)
-    x, inputs, C = draw_examples(config, data, randomness, "train"), {}, config.decompose
+    x, inputs = draw_examples(config, data, randomness, "train"), dict[str, Tensor]()
     with torch.no_grad(), hooked(model, lambda name, x, _out: inputs.update({name: x})):
         target_out = model.target(x)
     g = {n: pre_sigmoid(model.ci_fns[n], v, v @ model.components[n].V) for n, v in inputs.items()}
@@ -125,7 +129,8 @@ def losses(
     def from_sources(sources: Values, ci: Values, routes: Routes) -> Tensor:
         masks = {n: ci[n] + (1 - ci[n]) * sources[n][..., :-1] for n in routes}
         deltas = {n: sources[n][..., -1].expand(len(x), *shape) for n in routes}
-        return distance(C.distance, masked(model, x, masks, deltas, routes), target_out)
+        kind = config.decompose.distance
+        return distance(kind, masked(model, x, masks, deltas, routes), target_out)
 
     def stochastic(purpose: str, routes: Routes) -> Tensor:
         stream = randomness.batch_stream(purpose)
@@ -148,6 +153,9 @@ def losses(
                 s = [((v + 1e-12) ** p).flatten(0, -2).mean(0) for v in upper.values()]
                 beta = [loss.beta * v * torch.log2(1 + n * v) for v in s]
                 found[name] = sum(v.sum() for v in [*s, *beta])
+            case "faithfulness":
+                errors = [c.weight - (c.V @ c.U).T for c in model.components.values()]
+                found[name] = torch.cat([error.flatten() for error in errors]).square().mean()
             case "stochastic_recon":
                 found[name] = stochastic(f"{name}:0:{first}", everywhere)
             case "stochastic_recon_layerwise":
@@ -158,11 +166,8 @@ def losses(
                 found[name] = stochastic(f"{name}:0:{first}", routes)
             case "pgd_recon_subset":
                 assert isinstance(loss, PGDReconConfig) and loss.scope == "shared_across_batch"
-                routes, stream = (
-                    k_subset(f"{name}:route"),
-                    randomness.shared_stream(f"{name}:sources"),
-                )
-                ones, sources = (1,) * (1 + len(shape)), {}
+                stream = randomness.shared_stream(f"{name}:sources")
+                routes, ones, sources = k_subset(f"{name}:route"), (1,) * (1 + len(shape)), {}
                 for n, v in g.items():
                     sources[n] = torch.rand(*ones, v.shape[-1] + 1, generator=stream, device=device)
                 ci = {n: v.detach() for n, v in lower.items()}

@@ -77,7 +77,6 @@ class _ScalarMLPs(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # pyright: ignore[reportIncompatibleMethodOverride]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
         x, w1, b1, w2, b2 = ctx.saved_tensors
         grad = grad_outputs[0].contiguous()
@@ -103,7 +102,6 @@ class _LeakyHard(torch.autograd.Function):
         return lower, upper
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # pyright: ignore[reportIncompatibleMethodOverride]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (x,), grads = ctx.saved_tensors, [grad.contiguous() for grad in grad_outputs]
         found = torch.empty_like(x)
