@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from spd_core.base_config import BaseConfig, Count, CustomConfig, Positive, ScheduleConfig, Seed
 from spd_core.config.losses import LossesConfig
 from spd_core.config.metrics import MetricsConfig
-from spd_core.targets.config import DataConfig, TargetConfig
+from spd_core.targets.config import DataConfig, TargetConfig, check_data_fits
 
 
 class CiFnConfig(BaseConfig):
@@ -126,20 +126,7 @@ class RunConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        match self.target.kind:
-            case "tms" | "resid_mlp":
-                data = "sparse_features"
-            case "induction":
-                data = "induction"
-            case "llama_simple" | "llama_simple_mlp" | "gpt2_simple" | "gpt2_simple_noln":
-                data = "text"
-            case "custom":
-                data = self.data.kind
-        if self.data.kind != data:
-            raise ValueError(
-                f"data.kind={self.data.kind} does not fit target.kind={self.target.kind}, "
-                f"which takes data.kind={data}"
-            )
+        check_data_fits(self.target, self.data)
         dp, batch, micro = self.dp, self.train.batch_size, self.train.microbatch_size
         if batch % dp:
             raise ValueError(f"train.batch_size={batch} does not divide by dp={dp}")

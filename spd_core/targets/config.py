@@ -173,3 +173,25 @@ class TextDataConfig(BaseConfig):
 DataConfig = Annotated[
     SparseFeatureDataConfig | InductionDataConfig | TextDataConfig, Field(discriminator="kind")
 ]
+
+
+def check_data_fits(target: TargetConfig, data: DataConfig) -> None:
+    """Refuse data of another kind than the target takes; a custom one takes any.
+
+    Raises:
+        ValueError: names both kinds, and the one that fits.
+    """
+    match target.kind:
+        case "tms" | "resid_mlp":
+            kind = "sparse_features"
+        case "induction":
+            kind = "induction"
+        case "llama_simple" | "llama_simple_mlp" | "gpt2_simple" | "gpt2_simple_noln":
+            kind = "text"
+        case "custom":
+            kind = data.kind
+    if data.kind != kind:
+        raise ValueError(
+            f"data.kind={data.kind} does not fit target.kind={target.kind}, "
+            f"which takes data.kind={kind}"
+        )
