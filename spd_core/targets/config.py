@@ -113,6 +113,19 @@ TargetConfig = Annotated[
 ]
 
 
+def data_kind_of(target: TargetConfig) -> str | None:
+    """The kind of data that a target takes; None where it may be any."""
+    match target.kind:
+        case "tms" | "resid_mlp":
+            return "sparse_features"
+        case "induction":
+            return "induction"
+        case "llama_simple" | "llama_simple_mlp" | "gpt2_simple" | "gpt2_simple_noln":
+            return "text"
+        case "custom":
+            return None
+
+
 class SparseFeatureDataConfig(BaseConfig):
     """Each feature is uniform over the range with the given probability, else 0."""
 
@@ -173,25 +186,3 @@ class TextDataConfig(BaseConfig):
 DataConfig = Annotated[
     SparseFeatureDataConfig | InductionDataConfig | TextDataConfig, Field(discriminator="kind")
 ]
-
-
-def check_data_fits(target: TargetConfig, data: DataConfig) -> None:
-    """Refuse data of another kind than the target takes; a custom one takes any.
-
-    Raises:
-        ValueError: names both kinds, and the one that fits.
-    """
-    match target.kind:
-        case "tms" | "resid_mlp":
-            kind = "sparse_features"
-        case "induction":
-            kind = "induction"
-        case "llama_simple" | "llama_simple_mlp" | "gpt2_simple" | "gpt2_simple_noln":
-            kind = "text"
-        case "custom":
-            kind = data.kind
-    if data.kind != kind:
-        raise ValueError(
-            f"data.kind={data.kind} does not fit target.kind={target.kind}, "
-            f"which takes data.kind={kind}"
-        )
