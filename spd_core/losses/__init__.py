@@ -68,7 +68,8 @@ def loss_parts(name: str, config: options.LossConfig, batch: Batch, step: Step) 
     match config:
         case options.ImportanceMinimalityConfig():
             own = minimality.power_sums(batch.ci, annealed_p(config, step.position))
-            whole = all_reduce("sum", step.power_sums.get(name, own), step.d.dist)
+            of_rank = step.power_sums[name] if step.n_microbatches > 1 else own
+            whole = all_reduce("sum", of_rank, step.d.dist)
             # The whole batch's value with this part's gradient, scaled because the loss, whole in
             # every microbatch of every rank, is averaged over them.
             n_parts = step.n_microbatches * step.d.dist.world_size
