@@ -32,8 +32,8 @@ from spd_analysis.launches import analysis_folder, rewritten, with_checkpoints
 from spd_analysis.summary import short_names
 from spd_core import distributed
 from spd_core.component_model import ComponentModel
+from spd_core.data.batches import Decomposition, evaluation_batch
 from spd_core.distributed import Dist
-from spd_core.evaluate import Evaluation
 from spd_core.load import LoadedRun, load_run
 from spd_core.metrics import Sums, add
 from spd_core.metrics.ci import component_sums
@@ -121,10 +121,10 @@ def activation_densities(
 
     On the first batches of the run's own evaluation data.
     """
-    at, sums = Evaluation(run.config, run.model.to(dist.device), dist, data, 1.0, {}), Sums()
-    with at.autocast():
+    d, sums = Decomposition(run.config, run.model.to(dist.device), dist, data), Sums()
+    with d.autocast():
         for i in range(n_batches):
-            counts = component_sums(at.batch(i, "eval").ci, importance)
+            counts = component_sums(evaluation_batch(d, i, "eval").ci, importance)
             add(sums, {name: count.double().cpu() for name, count in counts.items()})
     return {name: count[:-1] / count[-1] for name, count in sums.items()}
 

@@ -149,13 +149,11 @@ def make_ci_fn(
             cannot be used.
     """
     d_in, C = components.V.shape
-    match config:
-        case CustomCiFnConfig():
-            return load_part("decompose.ci_fn", config, "ci_fn")(C, d_in, generator)
-        case CiFnConfig(kind=kind):
-            if components.takes_tokens and kind != "mlp":
-                raise ValueError(
-                    f"decompose.ci_fn.kind={kind}: {path!r} is an embedding, whose input is no "
-                    "vector; use kind=mlp, or leave it out of decompose.modules"
-                )
-            return CiFn(config, C, d_in, generator)
+    if isinstance(config, CustomCiFnConfig):
+        return load_part("decompose.ci_fn", config, "ci_fn")(C, d_in, generator)
+    if components.takes_tokens and config.kind != "mlp":
+        raise ValueError(
+            f"decompose.ci_fn.kind={config.kind}: {path!r} is an embedding, whose input is no "
+            "vector; use kind=mlp, or leave it out of decompose.modules"
+        )
+    return CiFn(config, C, d_in, generator)

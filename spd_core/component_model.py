@@ -15,6 +15,7 @@ from spd_core.ci_fns import CausalImportance, apply_sigmoid, make_ci_fn
 from spd_core.components import Identity, LinearComponents, check_decomposable, is_decomposable, tie
 from spd_core.config import DecomposeConfig
 from spd_core.randomness import BatchStream, stream
+from spd_core.targets.select import select_output
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class ComponentModel(nn.Module):
             inputs[name], versions[name] = x, x._version
 
         with self._hooks(self.components, keep):
-            out = _select(self.target(batch), self.output)
+            out = select_output(self.target(batch), self.output)
         for name in self.components:
             if name not in inputs:
                 raise _refusal(name, "is never called (its weight is read directly, or is unused)")
@@ -208,7 +209,7 @@ class ComponentModel(nn.Module):
             return torch.where(info.route.unsqueeze(-1), masked, out)
 
         with self._hooks(masks if cache is None else self.components, put_in):
-            return _select(self.target(batch), self.output)
+            return select_output(self.target(batch), self.output)
 
     def causal_importances(
         self, inputs: dict[str, Float[Tensor, "... d_in"]], noise: BatchStream | None
@@ -251,22 +252,3 @@ class ComponentModel(nn.Module):
 def _refusal(name: str, why: str) -> ValueError:
     """Masks cannot follow what this module does in the target's forward pass."""
     return ValueError(f"decompose.modules: {name!r} {why}; leave it out")
-
-
-def _select(raw: Any, output: str | int | None) -> Float[Tensor, "batch ..."]:
-    """The tensor to reconstruct, in what the target returned."""
-    if isinstance(raw, Tensor) and output is None:
-        return raw
-    fields: dict[Any, Any] = {}
-    if isinstance(raw, list | tuple):
-        fields = dict(enumerate(raw))
-        output = output + len(raw) if isinstance(output, int) and output < 0 else output
-    fields |= raw if isinstance(raw, dict) else getattr(raw, "__dict__", {})
-    fields |= {name: getattr(raw, name) for name in getattr(raw, "_fields", ())}
-    if output in fields and isinstance(fields[output], Tensor):
-        return fields[output]
-    names = ", ".join(map(str, fields)) or "no fields"
-    raise ValueError(
-        f"target.output={output}: the target returns a {type(raw).__name__} with {names}; name the "
-        "attribute or index of the tensor to reconstruct, or null where it returns a tensor"
-    )

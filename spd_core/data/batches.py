@@ -193,3 +193,11 @@ def training_batches(d: Decomposition, step: int) -> tuple[Batches, int]:
         whole = [make_batch(d, parts[0], "train")]
         return lambda: whole, 1
     return lambda: (make_batch(d, part, "train") for part in parts), n_micro
+
+
+def evaluation_batch(d: Decomposition, i: int, purpose: str) -> Batch:
+    """Batch i of an evaluation; each evaluation sees the same ones, so that values compare."""
+    rank, n_ranks, device = d.dist.rank, d.dist.world_size, d.dist.device
+    seed, size = d.config.seed, d.config.eval.batch_size
+    randomness = StepRandomness(seed, i, rank, n_ranks, size, device, phase="eval")
+    return make_batch(d, randomness, purpose)

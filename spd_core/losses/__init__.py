@@ -10,17 +10,14 @@ from torch import Tensor
 
 from spd_core.base_config import CustomConfig
 from spd_core.config import losses as options
-from spd_core.config.metrics import PGDMultibatchConfig
 from spd_core.data.batches import Batch, Batches, Decomposition
 from spd_core.distributed import all_reduce
 from spd_core.losses import minimality, pgd
 from spd_core.losses.distance import LossParts, faithfulness
 from spd_core.losses.recon import Source, hidden_acts_recon, masks_of_passes, recon
-from spd_core.masks import Routing, Sources, draw_routes, masks_from_sources
+from spd_core.masks import Sources, draw_routes, masks_from_sources
 from spd_core.parts import load_part
 from spd_core.schedule import annealed_p
-
-LossConfig = options.LossConfig | PGDMultibatchConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Step:
 @torch.no_grad()
 def prepare_step(
     d: Decomposition,
-    losses: Mapping[str, LossConfig],
+    losses: Mapping[str, options.LossConfig],
     batches: Batches,
     n_microbatches: int,
     position: float,
@@ -53,14 +50,16 @@ def prepare_step(
                 p = annealed_p(loss, position)
                 parts = [minimality.power_sums(batch, p) for batch in batches()]
                 step.power_sums[name] = torch.stack(parts).sum(0)
-            case options.PGDReconConfig(scope="shared_across_batch") | PGDMultibatchConfig():
+            case (
+                options.PGDReconConfig(scope="shared_across_batch") | options.PGDMultibatchConfig()
+            ):
                 routing, active = _routing(name, loss), lambda: (b.active or b for b in batches())
                 found = pgd.worst_sources(d.model, active, loss, routing, name, d.dist)
                 step.sources[name] = found
     return step
 
 
-def loss_parts(name: str, config: LossConfig, batch: Batch, step: Step) -> LossParts:
+def loss_parts(name: str, config: options.LossConfig, batch: Batch, step: Step) -> LossParts:
     """One loss on this rank as (sum, count); see `distributed` for how ranks add up.
 
     Of microbatches, the losses are averaged: all have the same number of examples.
@@ -69,7 +68,8 @@ def loss_parts(name: str, config: LossConfig, batch: Batch, step: Step) -> LossP
     match config:
         case options.ImportanceMinimalityConfig():
             own = minimality.power_sums(batch, annealed_p(config, step.position))
-            whole = all_reduce("sum", step.power_sums.get(name, own), step.d.dist)
+            of_rank = step.power_sums[name] if step.n_microbatches > 1 else own
+            whole = all_reduce("sum", of_rank, step.d.dist)
             # The whole batch's value with this part's gradient, scaled because the loss, whole in
             # every microbatch of every rank, is averaged over them.
             n_parts = step.n_microbatches * step.d.dist.world_size
@@ -95,7 +95,7 @@ def loss_parts(name: str, config: LossConfig, batch: Batch, step: Step) -> LossP
     return parts[0], parts[1] * len(batch.examples) // len(active.examples)
 
 
-def _routing(name: str, config: LossConfig) -> Routing:
-    if isinstance(config, options.SubsetReconConfig | PGDMultibatchConfig):
+def _routing(name: str, config: options.LossConfig) -> options.Routing:
+    if isinstance(config, options.SubsetReconConfig | options.PGDMultibatchConfig):
         return config.routing
     return "layerwise" if name.endswith("_layerwise") else "all"

@@ -5,11 +5,12 @@ from dataclasses import replace
 import torch
 
 from spd_core.component_model import ComponentModel
-from spd_core.config.losses import PGDConfig
+from spd_core.config.losses import PGDConfig, Routing
 from spd_core.data.batches import Batch, Batches
 from spd_core.distributed import Dist, over_ranks
 from spd_core.losses.recon import recon
-from spd_core.masks import Routing, Sources, draw_routes, masks_from_sources
+from spd_core.masks import Sources, draw_routes, masks_from_sources
+from spd_core.randomness import BatchStream
 
 
 def worst_sources(
@@ -58,19 +59,16 @@ def worst_sources(
 def _start(
     model: ComponentModel, batch: Batch, search: PGDConfig, purpose: str, shared_by: Dist | None
 ) -> Sources:
-    own, shared = batch.randomness.batch_stream(purpose), batch.randomness.shared_stream(purpose)
-    ones, sources = (1,) * (1 + len(batch.positions)), {}
-    for name, components in model.components.items():
-        width = components.C + model.config.delta_component
-        if shared_by is None:
-            random = own.uniform(*batch.positions, width)
-        else:
-            random = torch.rand(*ones, width, generator=shared, device=shared.device)
-        match search.init:
-            case "random":
-                sources[name] = random
-            case "ones":
-                sources[name] = torch.ones_like(random)
-            case "zeroes":
-                sources[name] = torch.zeros_like(random)
-    return sources
+    stream, positions = batch.randomness.batch_stream(purpose), batch.positions
+    if shared_by is not None:
+        stream = BatchStream([(batch.randomness.shared_stream(purpose), 1)], slice(None))
+        positions = (1,) * len(positions)
+    widths = {n: c.C + model.config.delta_component for n, c in model.components.items()}
+    random = {name: stream.uniform(*positions, width) for name, width in widths.items()}
+    match search.init:
+        case "random":
+            return random
+        case "ones":
+            return {name: torch.ones_like(source) for name, source in random.items()}
+        case "zeroes":
+            return {name: torch.zeros_like(source) for name, source in random.items()}
