@@ -70,7 +70,7 @@ def apply_sigmoid(
     jittered = g if binomial_noise is None else 1.05 * g - 0.05 * binomial_noise
     match sigmoid:
         case "leaky_hard" if binomial_noise is None and native.is_native(g):
-            return CausalImportance(*native.leaky_hard(g, LEAK), g)
+            return CausalImportance(*native.leaky_hard(g), g)
         case "leaky_hard":
             return CausalImportance(lower_leaky_hard(jittered), upper_leaky_hard(g), g)
         case "normal":
@@ -116,7 +116,7 @@ class CiFn(nn.Module):
                 assert inner_acts is not None
                 *positions, C = inner_acts.shape
                 x = inner_acts.reshape(-1, C)
-                if len(inner) == 1 and native.is_native(x, last_weight):
+                if len(inner) == 1 and native.is_native(x):
                     g = native.scalar_mlps(x, *inner[0], last_weight, last_bias)
                     return g.view(inner_acts.shape)
                 h = x.T.unsqueeze(1)
@@ -128,13 +128,7 @@ class CiFn(nn.Module):
                     x = F.gelu(F.linear(x, weight[0], bias[0, :, 0]))
                 return F.linear(x, last_weight[0], last_bias[0, :, 0])
         for weight, bias in inner:
-            if weight.shape[-1] == 1:
-                # The bias rides as the weight of a second input of ones: one matmul forward, and
-                # its backward reduces over the batch in matmuls instead of broadcast products.
-                h = torch.bmm(torch.cat([weight, bias], 2), torch.cat([h, torch.ones_like(h)], 1))
-            else:
-                h = torch.baddbmm(bias, weight, h)
-            h = F.gelu(h)
+            h = F.gelu(torch.baddbmm(bias, weight, h))
         g = torch.baddbmm(last_bias, last_weight, h).flatten(0, 1)
         return g.T.reshape(*positions, len(g))
 

@@ -5,6 +5,7 @@
 #include <math.h>
 
 #define BLOCK 64
+#define LEAK 0.01f
 
 /* exp(x) for -87 <= x <= 0, to 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. */
 static inline float exp_negative(float x) {
@@ -60,8 +61,8 @@ void mlps_forward(int64_t c0, int64_t c1, int64_t n, int64_t C, int64_t h, const
 }
 
 void mlps_backward(int64_t c0, int64_t c1, int64_t n, int64_t C, int64_t h, const float *x,
-                   const float *w1, const float *b1, const float *w2, const float *grad, float *gx,
-                   float *gw1, float *gb1, float *gw2, float *gb2) {
+                   const float *w1, const float *b1, const float *w2, const float *b2,
+                   const float *grad, float *gx, float *gw1, float *gb1, float *gw2, float *gb2) {
     for (int64_t k = c0 * h; k < c1 * h; k++) gw1[k] = gb1[k] = gw2[k] = 0;
     for (int64_t c = c0; c < c1; c++) gb2[c] = 0;
     for (int64_t j0 = 0; j0 < n; j0 += BLOCK) {
@@ -92,25 +93,24 @@ void mlps_backward(int64_t c0, int64_t c1, int64_t n, int64_t C, int64_t h, cons
     }
 }
 
-/* lower = clamp(x, 0, 1); upper = lower up to x = 1, then rising with slope `leak`. */
-void leaky_hard_forward(int64_t i0, int64_t i1, float leak, const float *x, float *lower,
-                        float *upper) {
+/* lower = clamp(x, 0, 1); upper = lower up to x = 1, then rising with slope LEAK. */
+void leaky_hard_forward(int64_t i0, int64_t i1, const float *x, float *lower, float *upper) {
     for (int64_t i = i0; i < i1; i++) {
         float above = x[i] > 1 ? x[i] - 1 : 0;
         lower[i] = x[i] > 0 ? (x[i] < 1 ? x[i] : 1) : 0;
-        upper[i] = lower[i] + leak * above;
+        upper[i] = lower[i] + LEAK * above;
     }
 }
 
 /* Up to 0 the gradient of lower leaks, but only where descent would raise x. Upper has at its two
  * corners the slopes that PyTorch gives a clamp: at 0, where ci_fns start, the gradient passes.
  */
-void leaky_hard_backward(int64_t i0, int64_t i1, float leak, const float *x, const float *glower,
+void leaky_hard_backward(int64_t i0, int64_t i1, const float *x, const float *glower,
                          const float *gupper, float *gx) {
     for (int64_t i = i0; i < i1; i++) {
-        float leaked = leak * (glower[i] < 0 ? glower[i] : 0);
+        float leaked = LEAK * (glower[i] < 0 ? glower[i] : 0);
         float of_lower = x[i] <= 0 ? leaked : x[i] <= 1 ? glower[i] : 0;
         float of_upper = x[i] >= 0 && x[i] <= 1 ? gupper[i] : 0;
-        gx[i] = of_lower + of_upper + (x[i] >= 1 ? leak * gupper[i] : 0);
+        gx[i] = of_lower + of_upper + (x[i] >= 1 ? LEAK * gupper[i] : 0);
     }
 }

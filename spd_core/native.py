@@ -1,4 +1,4 @@
-"""Compiled loops for float32 on the CPU, in place of chains of operators that memory is slow for.
+"""Compiled loops for float32 on the CPU, in place of chains of operators that wait for memory.
 
 Without a C compiler everything runs on PyTorch's operators, to the same values up to rounding.
 """
@@ -25,12 +25,7 @@ from spd_core.run_dir import written_whole
 SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered, so that they vectorise; -ffast-math would change the whole process.
 FLAGS = "-O3 -march=native -fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno"
-
-
-def is_native(*tensors: Tensor) -> bool:
-    """Whether these can be given to the loops, and there are any."""
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    return plain and library() is not None
+thread_pool = cache(ThreadPoolExecutor)
 
 
 @cache
@@ -47,13 +42,18 @@ def library() -> ctypes.CDLL | None:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user; set TMPDIR to a folder of yours")
-    parts = (SOURCE.read_text(), FLAGS, compiler, platform.node())
-    built = folder / f"native-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
+    made_from = SOURCE.read_text() + FLAGS + compiler + platform.node()
+    built = folder / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     if not built.exists():
         with written_whole(built) as new:
             command = [compiler, *FLAGS.split(), "-shared", "-fPIC", SOURCE, "-o", new]
             subprocess.run(command, check=True)
     return ctypes.CDLL(str(built))
+
+
+def is_native(x: Tensor) -> bool:
+    """Whether the loops can take it, and are there."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and library() is not None
 
 
 def scalar_mlps(
@@ -64,71 +64,42 @@ def scalar_mlps(
     b2: Float[Tensor, "C 1 1"],
 ) -> Float[Tensor, "batch C"]:
     """sum_k w2_k GELU(w1_k x + b1_k) + b2 for each of C scalar MLPs."""
-    return cast(Tensor, _ScalarMLPs.apply(x, w1, b1, w2, b2))
+    (out,) = _Loops.apply("mlps", len(w1), (*x.shape, w1.shape[1]), 1, x, w1, b1, w2, b2)
+    return out
 
 
-class _ScalarMLPs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        _run("mlps_forward", len(w1), *x.shape, w1.shape[1], x, w1, b1, w2, b2, out)
-        ctx.save_for_backward(x, w1, b1, w2, b2)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
-        x, w1, b1, w2, b2 = ctx.saved_tensors
-        grad = grad_outputs[0].contiguous()
-        found = [torch.empty_like(t) for t in (x, w1, b1, w2, b2)]
-        _run("mlps_backward", len(w1), *x.shape, w1.shape[1], x, w1, b1, w2, grad, *found)
-        return tuple(found)
-
-
-def leaky_hard(
-    x: Float[Tensor, "..."], leak: float
-) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+def leaky_hard(x: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
     """The pair lower_leaky_hard, upper_leaky_hard of `ci_fns`."""
-    return cast(tuple[Tensor, Tensor], _LeakyHard.apply(x, leak))
+    return cast(tuple[Tensor, Tensor], _Loops.apply("leaky_hard", x.numel(), (), 2, x))
 
 
-class _LeakyHard(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, leak: float) -> tuple[Tensor, Tensor]:
-        x, ctx.leak = x.contiguous(), leak
-        lower, upper = torch.empty_like(x), torch.empty_like(x)
-        _run("leaky_hard_forward", x.numel(), leak, x, lower, upper)
-        ctx.save_for_backward(x)
-        return lower, upper
+class _Loops(torch.autograd.Function):
+    """LOOP_forward makes n outputs like the first input, LOOP_backward the inputs' gradients."""
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (x,), grads = ctx.saved_tensors, [grad.contiguous() for grad in grad_outputs]
-        found = torch.empty_like(x)
-        _run("leaky_hard_backward", x.numel(), ctx.leak, x, *grads, found)
-        return found, None
+    def forward(
+        ctx: Any, loop: str, n_items: int, sizes: tuple[int, ...], n: int, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        inputs, ctx.of = tuple(x.contiguous() for x in inputs), (loop, n_items, sizes)
+        outputs = tuple(torch.empty_like(inputs[0]) for _ in range(n))
+        _run(f"{loop}_forward", n_items, sizes, *inputs, *outputs)
+        ctx.save_for_backward(*inputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, (loop, n_items, sizes) = ctx.saved_tensors, ctx.of
+        gradients = [torch.empty_like(x) for x in inputs]
+        given = [grad.contiguous() for grad in grad_outputs]
+        _run(f"{loop}_backward", n_items, sizes, *inputs, *given, *gradients)
+        return (None, None, None, None, *gradients)
 
 
-def _run(loop: str, n_items: int, *arguments: Tensor | int | float) -> None:
-    """Call a loop for all items, in as many equal parts as torch has threads."""
-    compiled = library()
-    assert compiled is not None
-    given: list[Any] = []
-    for value in arguments:
-        match value:
-            case Tensor():
-                assert value.is_contiguous() and value.dtype == torch.float32
-                given.append(ctypes.c_void_p(value.data_ptr()))
-            case float():
-                given.append(ctypes.c_float(value))
-            case int():
-                given.append(ctypes.c_int64(value))
-    n_threads, int64 = torch.get_num_threads(), ctypes.c_int64
+def _run(loop: str, n_items: int, sizes: tuple[int, ...], *arrays: Tensor) -> None:
+    """Do all items, in as many equal parts as torch has threads."""
+    assert all(a.is_contiguous() and a.dtype == torch.float32 for a in arrays)
+    compiled, n_threads = getattr(library(), loop), torch.get_num_threads()
     ends = [i * n_items // n_threads for i in range(n_threads + 1)]
-    parts = [(int64(a), int64(b), *given) for a, b in pairwise(ends)]
-    list(_pool(n_threads).map(lambda part: getattr(compiled, loop)(*part), parts))
-
-
-@cache
-def _pool(n_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(n_threads)
+    rest = [*map(ctypes.c_int64, sizes), *(ctypes.c_void_p(a.data_ptr()) for a in arrays)]
+    parts = [(ctypes.c_int64(a), ctypes.c_int64(b), *rest) for a, b in pairwise(ends)]
+    list(thread_pool(n_threads).map(lambda part: compiled(*part), parts))
