@@ -72,6 +72,7 @@ class TrainConfig(BaseConfig):
     weight_decay: Annotated[float, Field(ge=0)]
     grad_clip: GradClipConfig
     faithfulness_warmup: WarmupConfig
+    on_nan: Literal["stop", "rewind"] = Field(description="rewind = go back, take other batches")
     autocast: Literal["off", "bf16"] = Field(description="precision of the forward passes")
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto = cuda where there is one")
 

@@ -165,17 +165,18 @@ def _silent_examples(
     return silent
 
 
-def training_batches(d: Decomposition, step: int) -> tuple[Batches, int]:
-    """This rank's microbatches of one step and their number; they are made again at every call.
+def training_batches(d: Decomposition, draw: int) -> tuple[Batches, int]:
+    """This rank's microbatches of a step and their number; they are made again at every call.
 
-    A single one is kept instead, so that its causal importances are computed once.
+    `draw` is the number that they are drawn by. A single one is kept instead, so that its causal
+    importances are computed once.
     """
     seed, train, dist = d.config.seed, d.config.train, d.dist
     per_rank = train.batch_size // dist.world_size
     n_micro = per_rank // (train.microbatch_size or per_rank)
     n_parts = n_micro * dist.world_size
     parts = [
-        StepRandomness(seed, step, part, n_parts, train.batch_size, dist.device)
+        StepRandomness(seed, draw, part, n_parts, train.batch_size, dist.device)
         for part in range(dist.rank * n_micro, (dist.rank + 1) * n_micro)
     ]
     if n_micro == 1:

@@ -136,9 +136,7 @@ def until_enough(
 
 @cache
 def left_alone(case: str, place: Path) -> Run:
-    """The run that nobody breaks; it keeps every step, since a stop may save after any."""
-    every_step = ("checkpoint.every_steps=1", "checkpoint.keep=1000")
-    run = make_run(case, place / "whole" / case.replace(" ", "_"), *every_step)
+    run = make_run(case, place / "whole" / case.replace(" ", "_"))
     start(run)
     codes = wait(run, timeout_s=600)
     assert run.state == "finished" and not any(codes), run.log.read_text()

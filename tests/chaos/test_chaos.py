@@ -1,5 +1,6 @@
 """A few minutes of `just chaos`, as one types it."""
 
+import json
 import subprocess
 import sys
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from disk import Disk
-from runs import make_run, prepare, start, wait
+from runs import Run, differences, make_run, prepare, start, wait
 
 from spd_core.run_dir import read_metrics
 
@@ -21,6 +22,36 @@ def test_no_fault_on_this_machine_changes_what_a_run_becomes() -> None:
     )
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def kill_when_it_has_gone_back_again(run: Run) -> None:
+    file = run.run_dir.rewinds_file
+    before = file.read_text() if file.exists() else ""
+    start(run)
+    deadline = time.monotonic() + 100
+    while not file.exists() or file.read_text() == before:
+        assert run.works and time.monotonic() < deadline, run.log.read_text()
+        time.sleep(0.001)
+    for rank in run.ranks:
+        rank.kill()
+    wait(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dp", [1, 2])
+def test_a_run_killed_after_a_rewind_is_the_same_run(dp: int, tmp_path: Path) -> None:
+    prepare()
+    whole = make_run("rewinds, 2 ranks", tmp_path / "whole", f"dp={dp}")
+    run = make_run("rewinds, 2 ranks", tmp_path / "killed", f"dp={dp}")
+    start(whole)
+    assert wait(whole) == [0] * dp
+    # 24 steps, saved every 3: back to step 6 once, to step 12 three times.
+    assert json.loads(whole.run_dir.rewinds_file.read_text()) == [0, 0, 1, 0, 3, 0, 0, 0, 0]
+    for _ in range(2):
+        kill_when_it_has_gone_back_again(run)
+    start(run)
+    assert wait(run) == [0] * dp
+    assert differences(run, whole) == []
 
 
 @pytest.mark.slow
