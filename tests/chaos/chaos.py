@@ -27,7 +27,7 @@ from disk import Disk
 from faults import FAULTS, OF_A_DISK, OF_LAUNCHER, Fault, Scene
 from rich.console import Console
 from rich.table import Table
-from runs import CASES, Run, differences, make_run, prepare, start, start_launcher, wait
+from runs import CASES, Run, differences, make_run, prepare, shown, start, start_launcher, wait
 
 from spd_core.run_dir import read_metrics
 
@@ -78,13 +78,13 @@ def here(options: argparse.Namespace, place: Path, record: Record) -> None:
     def torment(run: Run) -> Iterator[tuple[str, str]]:
         for name in islice(kinds, PER_RUN):
             codes = strike_here(faults[name], Scene(run, disk, chance))
-            yield name, f"{codes} {run.state}"
+            yield name, f"{codes} {shown(run, codes)}"
             if run.state == "finished":
                 break
         for _ in range(2):  # the second finds nothing to do, but perhaps a report
             began = time.time()
             start(run)
-            yield "left alone", f"{wait(run)} {run.state}"
+            yield "left alone", f"{(codes := wait(run))} {shown(run, codes)}"
             new = [float(r["time"]) - began for r in read_metrics(run.run_dir)]
             if new and new[-1] > 0:
                 first_s = min(s for s in new if s > 0)

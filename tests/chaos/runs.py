@@ -12,7 +12,8 @@ from pathlib import Path
 from spd_core.run_dir import RunDir, read_metrics
 from spd_launch.compose import compose
 from spd_launch.freeze import record
-from spd_launch.ledger import LaunchDir, new_launch
+from spd_launch.ledger import LaunchDir, new_launch, note_jobs, read_rows
+from spd_launch.observe import observe
 from spd_launch.run_record import read_status
 from spd_launch.snapshot import Snapshot
 from spd_launch.task import STOPPED
@@ -139,6 +140,7 @@ def start(run: Run) -> None:
     """Start all ranks, as the launcher does, or as Slurm does after a requeue."""
     forget_orders(run)
     run.attempt += 1
+    note_jobs(run.launch, "local", {run.run_dir.path.name: f"local-chaos-{run.attempt}"})
     ranks = [context().Process(target=_rank, args=(rank, run)) for rank in range(run.dp)]
     for rank in ranks:
         rank.start()
@@ -199,6 +201,25 @@ def wait(run: Run, grace_s: float = 5, timeout_s: float = 300) -> list[int]:
     return codes
 
 
+def shown(run: Run, codes: list[int]) -> str:
+    """What `status` calls a run whose processes ended with these codes; fails where it is wrong."""
+    [row] = observe(run.launch, read_rows(run.launch)[:1])
+    assert not row.live, "nothing works on it any more"
+    last_step = int(records[-1]["step"]) if (records := read_metrics(run.run_dir)) else 0
+    saved_step = steps[-1] if (steps := steps_saved(run)) else 0
+    match row.state:
+        case "finished":
+            right = saved_step == last_step == row.status.steps
+        case "stopped":  # with nothing lost
+            right = saved_step == last_step and set(codes) != {0}
+        case "failed" | "ended, not finished":
+            right = set(codes) not in ({0}, {STOPPED})
+        case _:
+            right = False
+    assert right, f"{codes}, {saved_step} steps saved, {last_step} reported: {row.state}"
+    return row.state
+
+
 def differences(run: Run, whole: Run) -> list[str]:
     """What a run that was broken and continued has otherwise than one that was left alone."""
     found = []
@@ -222,10 +243,11 @@ def _metrics(run: Run) -> list[dict[str, float | int | str]]:
 
 
 def _files(run: Run) -> dict[str, bytes]:
-    """Checkpoints, rewinds, figures and the target, and that there is a report: every byte."""
+    """Checkpoints, rewinds, figures, target and corpus, every byte; and that there is a report."""
     rewinds = run.run_dir.rewinds_file
     kept = {rewinds.name: rewinds.read_bytes()} if rewinds.exists() else {}
-    for folder in (run.run_dir.checkpoints, run.run_dir.figures, run.run_dir.targets):
+    of_run = run.run_dir
+    for folder in (of_run.checkpoints, of_run.figures, of_run.targets, of_run.data):
         for file in folder.rglob("*"):
             place = file.relative_to(folder.parent)
             litter = any(part.startswith((".", "damaged_")) for part in place.parts)
