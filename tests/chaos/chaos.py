@@ -121,7 +121,7 @@ def on_cluster(options: argparse.Namespace, place: Path, record: Record) -> None
 
     with on_slurm.cluster():
         for case in until_enough(options, record, cases):
-            whole = left_alone(case, place)
+            whole = left_alone_after_target(case, place)
             judge(record, on_slurm.submit(case, place / f"run{record.runs}"), torment, whole)
 
 
@@ -136,7 +136,19 @@ def until_enough(
 
 @cache
 def left_alone(case: str, place: Path) -> Run:
-    run = make_run(case, place / "whole" / case.replace(" ", "_"))
+    return _left_alone(case, place / "whole" / case.replace(" ", "_"))
+
+
+@cache
+def left_alone_after_target(case: str, place: Path) -> Run:
+    """As on a cluster, where a job before it trains the target, on as many processes."""
+    out = place / "whole" / case.replace(" ", "_")
+    _left_alone(case, out, "launch.goal=target")
+    return _left_alone(case, out)
+
+
+def _left_alone(case: str, out: Path, *overrides: str) -> Run:
+    run = make_run(case, out, *overrides)
     start(run)
     codes = wait(run, timeout_s=600)
     assert run.state == "finished" and not any(codes), run.log.read_text()
