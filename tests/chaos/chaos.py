@@ -58,7 +58,8 @@ class Record:
             f"{self.runs} runs; bit-identical to the same run left alone: {self.identical}"
         )
         for name, values in self.seconds.items():
-            console.print(f"{name}: {statistics.median(values):.1f} s (median of {len(values)})")
+            middle, most = statistics.median(values), max(values)
+            console.print(f"{name}: {middle:.1f} s, at most {most:.1f} s ({len(values)} times)")
         for problem in self.problems:
             console.print(f"[red]{problem}", soft_wrap=True)
 
@@ -112,8 +113,9 @@ def on_cluster(options: argparse.Namespace, place: Path, record: Record) -> None
             yield name, f"{how}, {slurms:.0f} s to its start and {ours:.0f} s to a step"
             if run.state == "finished":
                 break
-            record.seconds["from requeue to start, Slurm's part"].append(slurms)
-            record.seconds["from start to the first new step, ours"].append(ours)
+            way = how.split(", ")[-1]  # requeued, or resumed by hand
+            record.seconds[f"{way}, Slurm's part: to the start of the job"].append(slurms)
+            record.seconds[f"{way}, ours: from there to the first new step"].append(ours)
         (run.orders / "pace").unlink()  # no more waiting
         on_slurm.wait_for(
             lambda: run.state == "finished" and run.run_dir.report_file.exists(), 300, "its end"
