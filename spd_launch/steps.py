@@ -1,8 +1,9 @@
 """What can follow the runs of a launch (`launch.then`): one table, and who waits for whom.
 
-A step is a command line, `python -m MODULE FOLDER`, in the launch's code. FOLDER is that of one
-run, or of the launch. Steps come in the order they are given in: those of a run after the run and
-its earlier steps, those of the launch after all runs and all earlier steps.
+A step is one command line or several, one after another, in the launch's code; FOLDER stands for
+the folder of one run, or of the launch. Steps come in the order they are given in: those of a run
+after the run and its earlier steps, those of the launch after all runs and all earlier steps. A
+new analysis needs one line here.
 """
 
 from collections.abc import Sequence
@@ -14,15 +15,22 @@ from spd_launch.errors import LaunchError, nearest
 
 @dataclass(frozen=True)
 class Step:
-    module: str
     of_each: Literal["run", "launch"]
+    commands: tuple[str, ...]  # what stands after `python -m`
 
 
 STEPS = {
-    "evaluate": Step("spd_analysis.evaluate_run", "run"),
-    "compare": Step("spd_analysis.compare", "launch"),
-    "report": Step("spd_analysis.report", "launch"),
-}
+    "evaluate": Step("run", ("spd_analysis.evaluate_run FOLDER",)),
+    "clustering": Step("run", ("spd_analysis.clustering FOLDER",)),
+    "distances": Step("run", (
+        "spd_analysis.clustering FOLDER --name ensemble/seed_0 seed=0",
+        "spd_analysis.clustering FOLDER --name ensemble/seed_1 seed=1",
+        "spd_analysis.clustering FOLDER --name ensemble/seed_2 seed=2",
+        "spd_analysis.clustering.distances FOLDER --name ensemble",
+    )),
+    "compare": Step("launch", ("spd_analysis.compare FOLDER",)),
+    "report": Step("launch", ("spd_analysis.report FOLDER",)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
