@@ -83,10 +83,9 @@ def train(
 
 
 def _start(config: RunConfig, run_dir: RunDir, dist: Dist) -> tuple[Training, int]:
-    """Continue from the newest valid checkpoint, else start with the faithfulness warm-up.
+    """Continue from the newest valid checkpoint, else start; returns the steps done as well.
 
-    Returns the number of steps done as well. What rank 0 found holds for all: a slow network file
-    system may show others something else.
+    What rank 0 found holds for all: a slow network file system may show others something else.
     """
     console = Console(quiet=not dist.is_main)
     model = build_model(config, run_dir.targets, dist, console)
@@ -183,8 +182,7 @@ def _loop(
 def _must_go_back(t: Training, values: dict[str, float], step: int, run_dir: RunDir) -> bool:
     """Whether a value is not finite, on any rank, and other batches may help.
 
-    Then what a stop saved since the last planned checkpoint goes, of batches not to be drawn again:
-    wherever it is killed, the run is a function of its seed and of `rewinds.json`.
+    From then on the run is a function of its seed and `rewinds.json`; what stops saved since goes.
     """
     finite = all(abs(value) < float("inf") for value in values.values())
     if not distributed.any_rank(not finite, t.dist):
