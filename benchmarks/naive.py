@@ -22,7 +22,7 @@ from spd_core.config import RunConfig
 from spd_core.config.losses import ImportanceMinimalityConfig, PGDReconConfig
 from spd_core.data.batches import draw_examples
 from spd_core.randomness import StepRandomness
-from spd_core.schedule import annealed_p, coefficient
+from spd_core.schedule import annealed_p, schedule_value
 
 Values = dict[str, Float[Tensor, "..."]]
 Routes = dict[str, Bool[Tensor, "..."] | None]
@@ -193,6 +193,6 @@ def naive_step(
     optimizer.zero_grad()
     terms = losses(config, model, data, step)
     options, steps = config.losses.configured(), config.train.steps
-    weighted = [coefficient(options[n].coeff, step, steps) * value for n, value in terms.items()]
+    weighted = [schedule_value(options[n].coeff, step, steps) * v for n, v in terms.items()]
     torch.stack(weighted).sum().backward()
     optimizer.step()

@@ -113,7 +113,7 @@ def make_step(experiment: str, how: How) -> Callable[[int], object]:
         Decomposition(config, model, Dist(0, 1, here), data),
         build_optimizer(config, model),
     )
-    return lambda step: optimisation_step(d, optimizer, step, lambda _batch: None)
+    return lambda step: optimisation_step(d, optimizer, step, step, lambda _batch: None)
 
 
 def table(results: dict[str, dict], last: dict[str, dict]) -> Table:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,10 +24,6 @@ class CausalImportance:
     lower: Float[Tensor, "... C"]
     upper: Float[Tensor, "... C"]
     pre_sigmoid: Float[Tensor, "... C"]
-
-    def at(self, rows: Int[Tensor, "n"] | slice) -> "CausalImportance":
-        """Those of some examples, or of the same one several times."""
-        return CausalImportance(self.lower[rows], self.upper[rows], self.pre_sigmoid[rows])
 
 
 class _LowerLeakyHard(torch.autograd.Function):

@@ -4,12 +4,10 @@ Without a C compiler everything runs on PyTorch's operators, to the same values 
 """
 
 import ctypes
-import hashlib
 import os
-import platform
-import shutil
 import subprocess
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -20,8 +18,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_core.run_dir import written_whole
-
 SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered, so that they vectorise; -ffast-math would change the whole process.
 FLAGS = "-O3 -march=native -fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno"
@@ -30,25 +26,17 @@ thread_pool = cache(ThreadPoolExecutor)
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled loops, or None without a C compiler. Compiled once per machine, in a second.
-
-    Raises:
-        PermissionError: another user owns the folder that they would be loaded from.
-    """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        return None
-    folder = Path(tempfile.gettempdir(), f"spd-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to another user; set TMPDIR to a folder of yours")
-    made_from = SOURCE.read_text() + FLAGS + compiler + platform.node()
-    built = folder / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    if not built.exists():
-        with written_whole(built) as new:
-            command = [compiler, *FLAGS.split(), "-shared", "-fPIC", SOURCE, "-o", new]
+    """The loops, compiled once per process in a quarter of a second; None where that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = f"{folder}/native.so"
+        try:
+            compiler = os.environ.get("CC", "cc")
+            command = [compiler, *FLAGS.split(), "-shared", "-fPIC", str(SOURCE), "-o", built]
             subprocess.run(command, check=True)
-    return ctypes.CDLL(str(built))
+            return ctypes.CDLL(built)
+        except (subprocess.CalledProcessError, OSError) as error:
+            warnings.warn(f"no compiled loops, so steps take longer: {error}", stacklevel=2)
+            return None
 
 
 def is_native(x: Tensor) -> bool:

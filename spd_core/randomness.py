@@ -46,9 +46,8 @@ class BatchStream:
 
     def _draw(self, one_shard: Callable[[int, torch.Generator], Tensor]) -> Tensor:
         drawn = torch.cat([one_shard(n, generator) for generator, n in self.shards])
-        if isinstance(self.rows, slice):
-            return drawn[self.rows]
-        return drawn.index_select(0, self.rows)
+        rows = self.rows
+        return drawn[rows] if isinstance(rows, slice) else drawn.index_select(0, rows)
 
 
 @dataclass(frozen=True)

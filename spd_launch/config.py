@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import Field
 
 from spd_core.base_config import BaseConfig, Count, Positive
@@ -67,6 +68,11 @@ class JobConfig(RunConfig):
 def run_config(job: JobConfig) -> RunConfig:
     """What is trained, alone: the same wherever and however it runs."""
     return RunConfig(**{name: getattr(job, name) for name in RunConfig.model_fields})
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # five times faster, where it is
+    return yaml.dump(config.model_dump(mode="json"), Dumper=dumper, sort_keys=False)
 
 
 def result_digest(job: JobConfig) -> str:

@@ -16,10 +16,9 @@ from typing import Any
 
 import yaml
 
-from spd_core.config import config_to_yaml
 from spd_core.run_dir import write_atomic
 from spd_core.targets.store import target_name
-from spd_launch.config import result_digest, run_config
+from spd_launch.config import config_to_yaml, result_digest, run_config
 from spd_launch.ledger import LaunchDir, flat, n_steps, pending, read_info, varying
 from spd_launch.plan import LaunchPlan, Task
 from spd_launch.snapshot import Snapshot

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from spd_core.config import config_to_yaml
 from spd_core.run_dir import write_atomic
 from spd_launch import ledger, slurm_state
 from spd_launch.__main__ import start
-from spd_launch.config import JobConfig, run_config
+from spd_launch.config import JobConfig, config_to_yaml, run_config
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.freeze import change_code
 from spd_launch.ledger import LaunchDir

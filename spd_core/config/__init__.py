@@ -72,6 +72,7 @@ class TrainConfig(BaseConfig):
     weight_decay: Annotated[float, Field(ge=0)]
     grad_clip: GradClipConfig
     faithfulness_warmup: WarmupConfig
+    on_nan: Literal["stop", "rewind"] = Field(description="rewind = go back, take other batches")
     autocast: Literal["off", "bf16"] = Field(description="precision of the forward passes")
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto = cuda where there is one")
 
@@ -172,11 +173,6 @@ def named_run(reference: str) -> str:
             folder = file.parent / str(names[reference])  # a path in it starts where it lies
             return str(folder if folder.exists() else names[reference])
     return reference
-
-
-def config_to_yaml(config: RunConfig) -> str:
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # five times faster, where it is
-    return yaml.dump(config.model_dump(mode="json"), Dumper=dumper, sort_keys=False)
 
 
 def config_digest(config: BaseConfig) -> str:

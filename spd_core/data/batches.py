@@ -74,7 +74,7 @@ class Batch:
             return self.distinct_ci
         # Kept for every loss, also where a search without gradients asks first.
         with torch.enable_grad():
-            return {name: ci.at(self.place) for name, ci in self.distinct_ci.items()}
+            return {name: _at(self.place, ci) for name, ci in self.distinct_ci.items()}
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -150,12 +150,17 @@ def make_batch(d: Decomposition, randomness: StepRandomness, purpose: str) -> Ba
         examples.index_select(0, rows),
         target_out.index_select(0, rows),
         {name: x[1:] for name, x in few.items()},
-        {name: importance.at(slice(1, None)) for name, importance in ci.items()},
+        {name: _at(slice(1, None), importance) for name, importance in ci.items()},
         replace(randomness, rows=rows),
         {name: acts[1:] for name, acts in own_acts.items()},
     )
     active = active if len(rows) else None
     return Batch(examples, target_out, inputs, ci, randomness, {}, place, active)
+
+
+def _at(rows: Int[Tensor, "n"] | slice, ci: CausalImportance) -> CausalImportance:
+    """Those of some examples, or of the same one several times."""
+    return CausalImportance(ci.lower[rows], ci.upper[rows], ci.pre_sigmoid[rows])
 
 
 def _silent_examples(
@@ -176,17 +181,18 @@ def _silent_examples(
     return silent
 
 
-def training_batches(d: Decomposition, step: int) -> tuple[Batches, int]:
-    """This rank's microbatches of one step and their number; they are made again at every call.
+def training_batches(d: Decomposition, draw: int) -> tuple[Batches, int]:
+    """This rank's microbatches of a step and their number; they are made again at every call.
 
-    A single one is kept instead, so that its causal importances are computed once.
+    `draw` is the number that they are drawn by. A single one is kept instead, so that its causal
+    importances are computed once.
     """
     seed, train, dist = d.config.seed, d.config.train, d.dist
     per_rank = train.batch_size // dist.world_size
     n_micro = per_rank // (train.microbatch_size or per_rank)
     n_parts = n_micro * dist.world_size
     parts = [
-        StepRandomness(seed, step, part, n_parts, train.batch_size, dist.device)
+        StepRandomness(seed, draw, part, n_parts, train.batch_size, dist.device)
         for part in range(dist.rank * n_micro, (dist.rank + 1) * n_micro)
     ]
     if n_micro == 1:

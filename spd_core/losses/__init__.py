@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spd_core.base_config import CustomConfig
 from spd_core.config import losses as options
+from spd_core.config.losses import PGDMultibatchConfig, PGDReconConfig
 from spd_core.data.batches import Batch, Batches, Decomposition
 from spd_core.distributed import all_reduce
 from spd_core.losses import minimality, pgd
@@ -50,9 +51,7 @@ def prepare_step(
                 p = annealed_p(loss, position)
                 parts = [minimality.power_sums(batch, p) for batch in batches()]
                 step.power_sums[name] = torch.stack(parts).sum(0)
-            case (
-                options.PGDReconConfig(scope="shared_across_batch") | options.PGDMultibatchConfig()
-            ):
+            case PGDMultibatchConfig() | PGDReconConfig(scope="shared_across_batch"):
                 routing, active = _routing(name, loss), lambda: (b.active or b for b in batches())
                 found = pgd.worst_sources(d.model, active, loss, routing, name, d.dist)
                 step.sources[name] = found
@@ -96,6 +95,6 @@ def loss_parts(name: str, config: options.LossConfig, batch: Batch, step: Step) 
 
 
 def _routing(name: str, config: options.LossConfig) -> options.Routing:
-    if isinstance(config, options.SubsetReconConfig | options.PGDMultibatchConfig):
+    if isinstance(config, options.SubsetReconConfig | PGDMultibatchConfig):
         return config.routing
     return "layerwise" if name.endswith("_layerwise") else "all"

@@ -18,7 +18,7 @@ from spd_analysis.clustering.distances import (
 )
 from spd_analysis.clustering.history import Source, save
 from spd_analysis.clustering.merge import cluster
-from spd_core.config import config_to_yaml
+from spd_launch.config import config_to_yaml
 
 ALIVE = ([0, 1, 2, 3, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7, 9], [1, 2, 3, 4, 6, 7, 9])
 

@@ -21,11 +21,12 @@ from spd_analysis.compare import (
     print_summary,
     similarity,
 )
-from spd_core.config import config_to_yaml, load_config
+from spd_core.config import load_config
 from spd_core.data.batches import Decomposition, evaluation_batch
 from spd_core.load import load_run
 from spd_core.run_dir import RunDir
 from spd_core.targets.store import target_folder
+from spd_launch.config import config_to_yaml
 
 ALL = Settings(importance=0.0, density=-1.0, n_batches=1)  # everything counts as alive
 

@@ -64,7 +64,7 @@ def one_step(config, dist):
     model = fresh_model(config)
     optimizer = build_optimizer(config, model)
     d = Decomposition(config, model, dist, None)
-    step = optimisation_step(d, optimizer, 2, lambda _ci: None)
+    step = optimisation_step(d, optimizer, 2, 2, lambda _ci: None)
     values = {"losses": step.losses, "total": step.total, "norms": step.grad_norms}
     values["gradients"] = gradients_of(model)
     due = due_metrics(config, config.train.steps)

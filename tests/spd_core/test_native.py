@@ -106,7 +106,11 @@ def test_without_a_compiler_pytorchs_operators_give_the_same(
     for compiler in ("cc", "no-such-compiler"):
         monkeypatch.setenv("CC", compiler)
         library.cache_clear()
-        assert (library() is None) == (compiler != "cc")
+        if compiler == "cc":
+            assert library() is not None
+        else:
+            with pytest.warns(UserWarning, match="steps take longer"):
+                assert library() is None
         d = Decomposition(config, model, one_process, None)
         model.zero_grad()
         batches, n_micro = training_batches(d, 0)

@@ -195,7 +195,7 @@ def test_coefficients_weigh_losses_and_gradients(make_config, tms_model, one_pro
     model = tms_model()
     optimizer = build_optimizer(scheduled, model)
     result = optimisation_step(
-        Decomposition(scheduled, model, one_process, None), optimizer, STEP, ignore
+        Decomposition(scheduled, model, one_process, None), optimizer, STEP, STEP, ignore
     )
     assert result.total.item() == pytest.approx(4 * losses["stochastic_recon"].item())
 
