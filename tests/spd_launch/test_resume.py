@@ -1,4 +1,4 @@
-"""Which code a resumed run goes on with; the rest is in test_then.py, test_local.py, tests/cluster."""
+"""Which code a resumed run goes on with; more in test_then.py, test_local.py, tests/cluster."""
 
 import json
 import os
