@@ -12,6 +12,7 @@ of the positions of the run's own evaluation data. Writes summary.json and pictu
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -339,7 +340,7 @@ def main() -> int:
     print_summary(summary, console)
     console.print(f"wrote {folder}", soft_wrap=True, highlight=False)
     console.print(f"next: look at {folder / 'similarity.png'}, or write all of it into one page: "
-                  f"python -m spd_analysis.report {' '.join(arguments.runs)}",
+                  f"python -m spd_analysis.report {shlex.join(arguments.runs)}",
                   soft_wrap=True, highlight=False)  # fmt: skip
     return 0
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -207,7 +208,7 @@ def _evaluate_all(arguments: argparse.Namespace, dist: Dist, console: Console) -
         written = run_dir.path / "evals" / f"{arguments.name}.json"
         console.print(f"wrote {written}", soft_wrap=True, highlight=False)
     console.print(
-        f"next: python -m spd_analysis.report {' '.join(arguments.runs)}  (one page with all of "
+        f"next: python -m spd_analysis.report {shlex.join(arguments.runs)}  (one page with all of "
         "it)", soft_wrap=True, highlight=False,
     )  # fmt: skip
     return 0
