@@ -1,7 +1,7 @@
 """The schema of what a user composes: a run, with where and how it is launched. Loads no torch."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,14 @@ class ClusterConfig(BaseConfig):
     sbatch: dict[Option, Line | int | bool] = Field(description="further sbatch options")
 
 
+class PartsConfig(BaseConfig):
+    """A step that is several tasks for each run."""
+
+    n: Count = Field(description="members of an ensemble (seeds 0 to n - 1), or shards")
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="of the results, in the run's folder")
+    options: list[str] = Field(description="FIELD=VALUE of the command, such as alpha=0.5")
+
+
 class LaunchConfig(BaseConfig):
     out_dir: Path
     name: str | None = Field(description="name of the launch; null = the sweep's or experiment's")
@@ -51,6 +59,12 @@ class LaunchConfig(BaseConfig):
     max_requeues: Annotated[int, Field(ge=0)]
     then: list[str] = Field(description="steps that follow the runs, in this order")
     then_needs: Literal["all", "any"] = Field(description="runs that steps of the launch need")
+    clustering: PartsConfig = Field(description="of the steps clustering, cluster_distances")
+    harvest: PartsConfig = Field(description="of the steps harvest, merge_harvest")
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """The steps that are in parts, as plain data."""
+        return {name: getattr(self, name).model_dump() for name in ("clustering", "harvest")}
 
 
 class JobConfig(RunConfig):

@@ -226,7 +226,8 @@ def known_jobs(launch: LaunchDir) -> set[str]:
 def read_rows(launch: LaunchDir) -> list[Row]:
     """The runs of a launch, then the targets that it trains, then the steps that follow."""
     rows = read_task_rows(launch)
-    return rows + step_rows(read_info(launch)["then"], rows)
+    info = read_info(launch)
+    return rows + step_rows(info["then"], rows, info["parts"])
 
 
 def read_task_rows(launch: LaunchDir) -> list[Row]:

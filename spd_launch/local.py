@@ -28,9 +28,9 @@ def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int
     note_jobs(launch, "local", {task.run_id: job_id for task in tasks})
     worst = 0
     with term_is_interrupt():
-        for task in tasks:
+        for number, task in enumerate(tasks, start=1):
             if len(tasks) > 1:
-                print(f"[{task.index + 1}/{len(tasks)}] {task.run_id}", flush=True)
+                print(f"[{number}/{len(tasks)}] {task.run_id}", flush=True)
             if task.goal in STEPS and (problem := unmet(launch, task.goal, task.after)):
                 print(f"not started: {problem}", flush=True)
                 worst = worst or 1

@@ -17,7 +17,7 @@ from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.progress import Heartbeat
 from spd_launch.run_record import read_status
-from spd_launch.steps import STEPS, Row
+from spd_launch.steps import Row, step_command
 from spd_launch.task import STOPPED, Stop, check_code, place_from_environment
 
 
@@ -73,7 +73,8 @@ def unmet(launch: LaunchDir, step: str, run_id: str | None) -> str | None:
 def _command(launch: LaunchDir, row: Row) -> tuple[int, str]:
     """Its exit code, and the last line of what it had to complain about."""
     folder = launch.path if row.after is None else launch.run_dir(row.after).path
-    command = [sys.executable, "-m", STEPS[row.goal].module, str(folder)]
+    parts = ledger.read_info(launch)["parts"]
+    command = [sys.executable, "-m", *step_command(row, folder, parts)]
     print("$ " + " ".join(command), flush=True)
     env = {**os.environ, "SPD_OUT_DIR": str(launch.path.parent.parent)}
     last_line = ""
