@@ -111,10 +111,18 @@ def _check_step_options(launch: LaunchConfig) -> None:
     checks = {"clustering": clustering, "harvest": harvest}
     for step, module in checks.items():
         if step in launch.then:
+            options = getattr(launch, step).options
             try:
-                module.load_config(module.DEFAULT, getattr(launch, step).options)
+                module.load_config(module.DEFAULT, options)
             except ValueError as error:
                 raise LaunchError(f"launch.{step}.options: {error}") from None
+            if step == "clustering" and any(option.startswith("seed=") for option in options):
+                raise LaunchError("launch.clustering.options: seed: members have seeds 0 to n - 1")
+    if "cluster_distances" in launch.then and launch.clustering.n < 2:
+        raise LaunchError(
+            f"launch.clustering.n={launch.clustering.n}: distances need an ensemble of two or more; "
+            "for a single clustering, python -m spd_analysis.clustering RUN"
+        )
 
 
 def problems(error: ValidationError, values: Any, schema: type[BaseModel]) -> str:

@@ -65,6 +65,8 @@ def test_a_run_is_found_by_its_id(run_dir: RunDir, monkeypatch: pytest.MonkeyPat
     (["+pipeline=harvest", "run={}", "batchs=3"], r"launch.harvest.options: batchs.*batches"),
     (["+pipeline=clustering", "run={}", "alpha=x"], "launch.clustering.options: alpha"),
     (["+pipeline=clustering", "run={}", "n=0"], "launch.clustering.n=0"),
+    (["+pipeline=clustering", "run={}", "n=1"], "n=1: distances need an ensemble of two"),
+    (["+pipeline=clustering", "run={}", "seed=7"], "seed: members have seeds 0 to n - 1"),
     (["+pipeline=clustering", "run={}", "name=a/b"], "launch.clustering.name=a/b"),
     (["+pipeline=clustering", "run={}", "cluster=there"], "no cluster named 'there'"),
     (["+pipeline=clustering", "run={}", "launch.out_dir=x"], "lies in its run's folder"),
