@@ -20,7 +20,7 @@ from spd_launch.errors import exit_with
 from spd_launch.freeze import record
 from spd_launch.ledger import new_launch
 from spd_launch.slurm_state import cancel_jobs
-from spd_launch.snapshot import drop_snapshot, take_snapshot
+from spd_launch.snapshot import code_for, drop_snapshot
 from spd_launch.submit import submit
 from spd_launch.validate import validate
 
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace, out_dir: Path) -> dict[str, float | int
     with _timed(times, "plan_s"):
         plan, launch = new_launch(runs)
     with _timed(times, "snapshot_s"):
-        code = take_snapshot(PACKAGE_ROOT, launch.code, plan.launch_id, out_dir)
+        code = code_for(runs[0][1].launch, launch.code, plan.launch_id)
     with _timed(times, "record_s"):
         record(launch, plan, code, [])
     with _timed(times, "submit_s"):

@@ -3,8 +3,9 @@
     python -m benchmarks.status --runs N [--records N]
 
 Makes the folders of a launch of N runs half of which finished, each with a step after it, and
-prints one JSON line: the seconds of each command on it, and of `--help`. It needs no Slurm, and
-then the commands say that there is none; where there is one, its answer is part of the time.
+prints one JSON line: of each command on it, and of `--help`, the seconds by the clock and of the
+processor. It needs no Slurm, and then the commands say that there is none; where there is one, its
+answer is part of the time.
 """
 
 import argparse
@@ -76,17 +77,20 @@ def make_launch(out_dir: Path, n_runs: int, n_records: int) -> LaunchDir:
     return launch
 
 
-def measure(out_dir: Path, command: list[str]) -> float:
-    """Seconds of the best of three."""
+def measure(out_dir: Path, command: list[str]) -> dict[str, float]:
+    """Seconds of the best of three, and of the processor in that one."""
     module, *arguments = command
     line = [sys.executable, "-m", f"spd_launch.{module}", *arguments]
     env = {**os.environ, "SPD_OUT_DIR": str(out_dir)}
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start, before = time.perf_counter(), os.times()
         subprocess.run(line, env=env, stdout=subprocess.DEVNULL, cwd=PACKAGE_ROOT, check=True)
-        times.append(time.perf_counter() - start)
-    return round(min(times), 3)
+        after = os.times()
+        cpu = sum(after[2:4]) - sum(before[2:4])
+        times.append((round(time.perf_counter() - start, 3), round(cpu, 3)))
+    wall, cpu = min(times)
+    return {"s": wall, "cpu_s": cpu}
 
 
 if __name__ == "__main__":

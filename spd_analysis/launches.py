@@ -1,12 +1,14 @@
 """Which runs a command is about, and where findings about a whole launch lie.
 
 A command takes runs and launches: a run as `spd_core.load_run` takes it; a launch by its folder,
-its id in $SPD_OUT_DIR (else ./outputs) or a unique beginning or end of it, or `latest`. What is
-found about a launch goes to `launches/ID/analysis/NAME/`: summary.json, and pictures.
+its id in $SPD_OUT_DIR (else ./outputs) or a unique beginning or end of it, its launch.name (the
+newest of that name), or `latest`. What is found about a launch goes to
+`launches/ID/analysis/NAME/`: summary.json, and pictures.
 """
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from spd_core.config import named_run
 from spd_core.load import find_run
 from spd_core.run_dir import RunDir, written_whole
 
@@ -35,8 +38,13 @@ def find_launch(reference: str) -> Path | None:
     launches = [file.parent for file in files]
     if reference == "latest":
         return launches[-1] if launches else None
+    if not reference or named_run(reference) != reference:  # runs.yaml comes first
+        return None
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", reference)
+    if named := [x for x in launches if x.name[16:-5] == name]:  # 20261124-101530-NAME-08b3
+        return named[-1]
     ends = (str.startswith, str.endswith)
-    found = [x for x in launches if reference and any(f(x.name, reference) for f in ends)]
+    found = [x for x in launches if any(f(x.name, reference) for f in ends)]
     if len(found) > 1:
         names = ", ".join(x.name for x in found)
         raise ValueError(f"{reference!r} names {len(found)} launches: {names}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spd_core.checkpoint import load_model, newest_valid_checkpoint
 from spd_core.component_model import ComponentModel
-from spd_core.config import RunConfig, load_config
+from spd_core.config import RunConfig, load_config, named_run
 from spd_core.run_dir import RunDir
 from spd_core.targets.train_target import load_target
 
@@ -28,8 +28,8 @@ class LoadedRun:
 def load_run(reference: str | Path) -> LoadedRun:
     """Load the newest checkpoint of a run, on the CPU.
 
-    `reference` is the folder of a run; the id of a run in $SPD_OUT_DIR (else ./outputs); or a run
-    of W&B: `entity/project/id`, `entity/project/runs/id`, either after `wandb:`, or its URL.
+    `reference` is the folder of a run; its id in $SPD_OUT_DIR (else ./outputs); its name in
+    runs.yaml; or a run of W&B: `entity/project/id`, also after `wandb:`, or its URL.
     Nothing in a run's files is executed: weights are safetensors, checked against their digest.
 
     Raises:
@@ -47,16 +47,15 @@ def load_run(reference: str | Path) -> LoadedRun:
 
 def find_run(reference: str) -> RunDir:
     """The run's folder; a run of W&B is downloaded first, into the folder of outputs."""
-    outputs = Path(os.environ.get("SPD_OUT_DIR", "outputs"))
+    reference, outputs = named_run(reference), Path(os.environ.get("SPD_OUT_DIR", "outputs"))
     for folder in (Path(reference), outputs / "runs" / reference):
         if (folder / "config.yaml").is_file():
             return RunDir(folder.absolute())
     if match := WANDB.fullmatch(reference):
         return _download(match[1], match[2], outputs / "wandb")
     raise ValueError(
-        f"no run {reference!r}: it is neither a folder with a config.yaml, nor a run id in "
-        f"{outputs.absolute() / 'runs'} (set SPD_OUT_DIR to look elsewhere), nor a W&B run "
-        "such as entity/project/id or its URL"
+        f"no run {reference!r}: no name in runs.yaml, no folder with a config.yaml, no run id in "
+        f"{outputs.absolute() / 'runs'} (see SPD_OUT_DIR), and no entity/project/id or URL of W&B"
     )
 
 
@@ -69,8 +68,6 @@ def _download(project: str, run_id: str, folder: Path) -> RunDir:
             if file.name.startswith(("runs/", "targets/")):
                 file.download(root=str(folder.absolute()), exist_ok=True)
     except (wandb.Error, OSError) as error:
-        raise ValueError(
-            f"cannot download {project}/{run_id} from W&B: {error}; "
-            "is it the right run, and does `wandb login` know you?"
-        ) from None
+        hint = "is it the right run, and does `wandb login` know you?"
+        raise ValueError(f"cannot download {project}/{run_id} from W&B: {error}; {hint}") from None
     return RunDir(folder.absolute() / "runs" / run_id)

@@ -33,7 +33,8 @@ EXAMPLES = """examples:
 
 afterwards:
   python -m spd_launch.status [LAUNCH]     python -m spd_launch.logs LAUNCH [TASK] [-f]
-  python -m spd_launch.resume LAUNCH       python -m spd_launch.cancel LAUNCH [TASK]"""
+  python -m spd_launch.resume LAUNCH       python -m spd_launch.cancel LAUNCH [TASK]
+  python -m spd_launch.results LAUNCH      python -m spd_launch.prune"""
 
 
 def main() -> int:
@@ -110,7 +111,7 @@ def launch(composed: list[Composed]) -> int:
     from spd_launch.inputs import check_inputs
     from spd_launch.ledger import all_or_nothing, new_launch, read_rows, stored_targets
     from spd_launch.plan import make_plan, step_tasks
-    from spd_launch.snapshot import Snapshot, take_snapshot
+    from spd_launch.snapshot import code_for
     from spd_launch.validate import validate_all
 
     runs = validate_all(composed)
@@ -133,9 +134,7 @@ def launch(composed: list[Composed]) -> int:
         return 0
     plan, folder = new_launch(runs)
     with all_or_nothing(folder, plan):
-        code = Snapshot(PACKAGE_ROOT, None, None)
-        if options.snapshot == "copy":
-            code = take_snapshot(PACKAGE_ROOT, folder.code, plan.launch_id, options.out_dir)
+        code = code_for(options, folder.code, plan.launch_id)
         record(folder, plan, code, done)
         steps = [row for row in read_rows(folder) if row.goal in STEPS]
         tasks = plan.tasks + step_tasks(steps, {t.run_id: t.config for t in plan.tasks})

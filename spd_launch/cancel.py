@@ -6,6 +6,7 @@ With a run go the steps after it; the name of a step is all of its jobs.
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,25 +14,36 @@ from contextlib import suppress
 from spd_launch import ledger, slurm_state
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
-from spd_launch.observe import Observed, observe, parser
+from spd_launch.observe import Observed, ask_slurm, judge, observe, parser, strangers
+
+MANY = 20  # live jobs, of which a person is asked once more
 
 
 def main() -> int:
     options = parser(__doc__ or "", nargs="one")
+    options.add_argument("--yes", action="store_true", help=f"do not ask, also for over {MANY}")
     options.add_argument("task", nargs="?", help="index or part of a run id, or a step; or all")
     given = options.parse_args()
-    launch = ledger.find_launch(given.launch, given.out_dir)
+    launch, run = ledger.find(given.launch, given.out_dir)
+    wanted = given.task or run
     rows = ledger.read_rows(launch)
-    if given.task is not None:
+    if wanted is not None:
         if ledger.read_info(launch)["kind"] == "local" and len(rows) > 1:
             raise LaunchError(
                 "runs on this machine go one after another in one process: cancel the whole launch "
                 f"(python -m spd_launch.cancel {launch.launch_id}) and resume the runs you want"
             )
-        names = {row.name for row in ledger.find_rows(rows, given.task)}
+        names = {row.name for row in ledger.find_rows(rows, wanted)}
         rows = [row for row in rows if row.name in names or row.after in names]
-    observed = [row for row in observe(launch, rows) if row.state != "finished"]
+    in_queue = ask_slurm(launch)
+    observed = [row for row in judge(launch, rows, in_queue) if row.state != "finished"]
     live = [row for row in observed if row.live]
+    if len(live) > MANY and not given.yes and sys.stdin.isatty():
+        answer = input(f"cancel {len(live)} live jobs of {launch.launch_id}? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
+            return 1
+    if wanted is None:
+        slurm_state.cancel_jobs(strangers(launch, in_queue))
     ledger.note_jobs(launch, "cancel", {row.row.name: row.job_id for row in live})
     _end(launch, live)
     # Only now: a run that is being ended still saves, and says that it stopped.

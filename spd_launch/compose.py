@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spd_core.config import named_run
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.values import Setting, Tree, references, resolve, split_key, with_value
 
@@ -214,11 +215,19 @@ def _compose_one(asked: dict[str, Setting]) -> Composed:
         raise LaunchError(f"{as_typed(overrides)}: {error}") from None
     out_dir = Path(values["launch"]["out_dir"]).expanduser().absolute()
     values = with_value(values, ("launch", "out_dir"), str(out_dir))
-    target = values["target"]
-    if "from_run" in target and (Path(str(target["from_run"])) / "config.yaml").is_file():
-        run = str(Path(target["from_run"]).resolve())
+    if values["target"].get("from_run") is not None:
+        run = _frozen_run(str(values["target"]["from_run"]))
         values = with_value(values, ("target", "from_run"), run)
     return Composed(overrides, values)
+
+
+def _frozen_run(reference: str) -> str:
+    """The run that is meant here and now: jobs have another current folder."""
+    try:
+        run = named_run(reference)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    return str(Path(run).resolve()) if Path(run, "config.yaml").is_file() else run
 
 
 def as_typed(overrides: dict[str, str]) -> str:

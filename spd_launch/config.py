@@ -52,7 +52,11 @@ class LaunchConfig(BaseConfig):
     dry_run: bool
     wait: bool = Field(description="come back when all is over, with code 1 if a run failed")
     max_parallel: Count | None = Field(description="array tasks at one time; null = no limit")
-    snapshot: Literal["copy", "off"]
+    snapshot: Literal["copy", "commit", "off"] = Field(
+        description="copy = run from a copy; commit = only keep it in git; off = neither"
+    )
+    snapshot_max_mb: Positive = Field(description="larger untracked files are left out")
+    snapshot_push_to: str | None = Field(description="a git remote that gets the snapshot too")
     if_done: Literal["auto", "skip", "rerun", "ask"] = Field(
         description="what to do with a run that has finished before; auto = skip in sweeps"
     )

@@ -77,7 +77,7 @@ def finished_runs(configs: Sequence[JobConfig]) -> dict[str, str]:
         launch = LaunchDir(file.parent)
         if not rows or not launch.launch_file.is_file():
             continue
-        code = code or code_digest(PACKAGE_ROOT, options.out_dir)
+        code = code or code_digest(PACKAGE_ROOT, options.out_dir, options.snapshot_max_mb)
         if yaml.safe_load(launch.launch_file.read_text()).get("code") == code:  # older ones: none
             found |= {row["digest"]: row["run_id"] for row in rows if _finished(launch, row)}
     return found

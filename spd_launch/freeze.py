@@ -20,7 +20,7 @@ from spd_core.config import config_to_yaml
 from spd_core.run_dir import write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.config import result_digest, run_config
-from spd_launch.ledger import LaunchDir, flat, n_steps, pending, varying
+from spd_launch.ledger import LaunchDir, flat, n_steps, pending, read_info, varying
 from spd_launch.plan import LaunchPlan, Task
 from spd_launch.snapshot import Snapshot
 
@@ -61,6 +61,12 @@ def record(launch: LaunchDir, plan: LaunchPlan, code: Snapshot, done: Sequence[s
     launch.plan_file.write_text(json.dumps(describe(plan), indent=1) + "\n")
     _sync_file_system(launch.path)
     write_atomic(launch.launch_file, yaml.safe_dump(info, sort_keys=False))
+
+
+def change_code(launch: LaunchDir, code: Snapshot) -> None:
+    """What is sent from now on runs this code; nobody may take older runs for results of it."""
+    changed = {"python_path": str(code.python_path), "commit": code.commit, "code": None}
+    write_atomic(launch.launch_file, yaml.safe_dump(read_info(launch) | changed, sort_keys=False))
 
 
 def _sync_file_system(folder: Path) -> None:

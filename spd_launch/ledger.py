@@ -19,13 +19,13 @@ from typing import Any
 
 import yaml
 
-from spd_core.config import RunConfig, load_config
+from spd_core.config import RunConfig, load_config, named_run
 from spd_core.run_dir import RunDir, write_atomic
 from spd_core.targets.store import target_name
 from spd_launch.compose import PACKAGE_ROOT
 from spd_launch.config import JobConfig
 from spd_launch.errors import LaunchError, nearest
-from spd_launch.plan import LaunchPlan, Task, make_plan, shape
+from spd_launch.plan import LaunchPlan, Task, clean, make_plan, shape
 from spd_launch.run_record import ERROR, Status, read_status, write_status
 from spd_launch.snapshot import drop_snapshot
 from spd_launch.steps import STEPS, Row, step_rows
@@ -40,6 +40,11 @@ class LaunchDir:
     @property
     def launch_id(self) -> str:
         return self.path.name
+
+    @property
+    def name(self) -> str:
+        """What launch.name says, else the sweep's or the experiment's name."""
+        return self.launch_id[16:-5]  # between 20261124-101530- and -08b3
 
     @property
     def launch_file(self) -> Path:
@@ -128,7 +133,7 @@ def all_or_nothing(launch: LaunchDir, plan: LaunchPlan) -> Iterator[None]:
         if not launch.jobs_file.exists():
             for path in [launch.path, *(launch.run_dir(task.run_id).path for task in plan.tasks)]:
                 shutil.rmtree(path)
-            if plan.tasks[0].config.launch.snapshot == "copy":
+            if plan.tasks[0].config.launch.snapshot != "off":
                 drop_snapshot(PACKAGE_ROOT, plan.launch_id)
         raise
 
@@ -290,12 +295,17 @@ def default_out_dir() -> Path:
 
 def all_launches(out_dir: Path) -> list[LaunchDir]:
     """Oldest first."""
-    files = sorted(out_dir.glob("launches/*/launch.yaml"), key=lambda f: f.stat().st_mtime_ns)
+    files = sorted(out_dir.glob("launches/*/launch.yaml"), key=_written)
     return [LaunchDir(file.parent) for file in files]
 
 
+def _written(launch_file: Path) -> int:
+    """When it was launched; launch.yaml itself may be written again."""
+    return (launch_file.parent / "tasks.jsonl").stat().st_mtime_ns
+
+
 def find_launch(name: str, out_dir: Path) -> LaunchDir:
-    """The launch that a unique prefix, a unique ending, or `latest` names.
+    """The launch with this name (the newest of several), unique prefix or ending, or `latest`.
 
     Raises:
         LaunchError: none or several.
@@ -305,8 +315,9 @@ def find_launch(name: str, out_dir: Path) -> LaunchDir:
         raise LaunchError(
             f"no launches in {out_dir}; SPD_OUT_DIR or --out-dir names another folder"
         )
-    if name == "latest":
-        return launches[-1]
+    named = [x for x in launches if name == "latest" or clean(name) == x.name]
+    if named:
+        return named[-1]
     ids = [launch.launch_id for launch in launches]
     found = [x for x in launches if x.launch_id.startswith(name) or x.launch_id.endswith(name)]
     if len(found) == 1:
@@ -316,6 +327,28 @@ def find_launch(name: str, out_dir: Path) -> LaunchDir:
             f"{name!r} names {len(found)} launches: {', '.join(x.launch_id for x in found)}"
         )
     raise LaunchError(f"no launch {name!r} in {out_dir}{nearest(name, ids)}")
+
+
+def find(reference: str, out_dir: Path) -> tuple[LaunchDir, str | None]:
+    """A launch by any of its names; or a run by its id or its name in runs.yaml, with its launch.
+
+    Raises:
+        LaunchError: it is neither, or stands for several launches.
+    """
+    try:
+        run = named_run(reference)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    if Path(run, "config.yaml").is_file():
+        folder = Path(run).resolve()
+        run, out_dir = folder.name, folder.parent.parent
+    if (out_dir / "runs" / run).is_dir():
+        launches = reversed(all_launches(out_dir))
+        having = [x for x in launches if run in (row.name for row in read_task_rows(x))]
+        if having:  # the last one that worked on it: a pipeline only looks at it
+            return next((x for x in having if run in latest_jobs(x)), having[0]), run
+        raise LaunchError(f"no launch in {out_dir} has the run {run}")
+    return find_launch(run, out_dir), None
 
 
 def find_rows(rows: Sequence[Row], name: str) -> list[Row]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spd_core.run_dir import RunDir
-from spd_launch.ledger import LaunchDir, mark_failed, note_jobs
+from spd_launch.ledger import LaunchDir, find_row, mark_failed, note_jobs, read_rows
 from spd_launch.plan import Task
 from spd_launch.run_record import read_status
 from spd_launch.steps import STEPS
@@ -26,12 +26,12 @@ def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int
     """
     job_id = f"local-{os.getpid()}"
     note_jobs(launch, "local", {task.run_id: job_id for task in tasks})
-    worst = 0
+    rows, worst = read_rows(launch), 0
     with term_is_interrupt():
         for number, task in enumerate(tasks, start=1):
             if len(tasks) > 1:
                 print(f"[{number}/{len(tasks)}] {task.run_id}", flush=True)
-            if task.goal in STEPS and (problem := unmet(launch, task.goal, task.after)):
+            if task.goal in STEPS and (problem := unmet(launch, find_row(rows, task.run_id))):
                 print(f"not started: {problem}", flush=True)
                 worst = worst or 1
                 continue

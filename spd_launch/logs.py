@@ -10,6 +10,7 @@ from spd_launch.ledger import LaunchDir
 from spd_launch.observe import observe, parser, row_status
 from spd_launch.run_record import read_error
 from spd_launch.steps import STEPS, Row
+from spd_launch.table import print_table
 
 
 def main() -> int:
@@ -18,18 +19,24 @@ def main() -> int:
     options.add_argument("--rank", type=int, default=0)
     options.add_argument("-f", "--follow", action="store_true", help="until the run has ended")
     given = options.parse_args()
-    launch = ledger.find_launch(given.launch, given.out_dir)
-    if ledger.read_info(launch)["kind"] == "local":
-        raise LaunchError(f"{launch.launch_id} ran in a terminal, which kept its output")
+    launch, run = ledger.find(given.launch, given.out_dir)
+    wanted = given.task or run
     rows, jobs = ledger.read_rows(launch), ledger.latest_jobs(launch)
+    if ledger.read_info(launch)["kind"] == "local":
+        for row in rows if wanted is None else [ledger.find_row(rows, wanted)]:
+            _say_if_failed(launch, row)
+        raise LaunchError(f"{launch.launch_id} ran in a terminal, which kept its output")
     n_runs = sum(row.goal == "decomposition" for row in rows)
-    if given.task is None and (n_runs or len(rows)) > 1 and not given.follow:
-        for row in rows:
-            file = log_file(launch, jobs.get(row.name), given.rank)
-            print(f"{row.index:4}  {row.name}  {file or 'not sent'}")
+    if wanted is None and (n_runs or len(rows)) > 1 and not given.follow:
+        lines = [
+            [str(row.index), row.name, row_status(launch, row).state,
+             str(log_file(launch, jobs.get(row.name), given.rank) or "not sent")]
+            for row in rows
+        ]  # fmt: skip
+        print_table(["#", "name", "state", "log"], lines)
         print(f"one of them: python -m spd_launch.logs {launch.launch_id} 0   (-f follows it)")
         return 0
-    row = ledger.find_row(rows, given.task or "0")
+    row = ledger.find_row(rows, wanted or "0")
     file = log_file(launch, jobs.get(row.name), given.rank)
     if row.after is not None and (file is None or not file.exists()):
         print(f"it has not started: first comes its {'run' if row.goal in STEPS else 'target'}")
@@ -45,8 +52,7 @@ def _show(launch: LaunchDir, row: Row, job_id: str | None, rank: int, follow: bo
     if file is None:
         print(f"{row.name} was not sent: python -m spd_launch.resume {launch.launch_id}")
         return
-    if row_status(launch, row).state == "failed":
-        print(f"{row.name} failed: {read_error(launch.folder(row))}")
+    _say_if_failed(launch, row)
     print(f"==> {file} <==", flush=True)
     if follow:
         _follow(file, launch, row)
@@ -54,6 +60,18 @@ def _show(launch: LaunchDir, row: Row, job_id: str | None, rank: int, follow: bo
         sys.stdout.write(file.read_text(errors="replace"))
     else:
         print("not there yet: the job has not started, or has no such rank")
+
+
+def _is_over(launch: LaunchDir, row: Row) -> bool:
+    try:
+        return not observe(launch, [row])[0].live
+    except LaunchError:  # Slurm does not answer; the log may grow all the same
+        return False
+
+
+def _say_if_failed(launch: LaunchDir, row: Row) -> None:
+    if row_status(launch, row).state == "failed":
+        print(f"{row.name} failed: {read_error(launch.folder(row))}")
 
 
 def log_file(launch: LaunchDir, job_id: str | None, rank: int) -> Path | None:
@@ -64,7 +82,7 @@ def log_file(launch: LaunchDir, job_id: str | None, rank: int) -> Path | None:
 def _follow(file: Path, launch: LaunchDir, row: Row) -> None:
     position = 0
     while True:
-        over = not observe(launch, [row])[0].live
+        over = _is_over(launch, row)
         if file.exists():
             with open(file, errors="replace") as opened:
                 opened.seek(position)

@@ -45,6 +45,11 @@ def ask_slurm(launch: LaunchDir) -> dict[str, LiveJob]:
     return slurm_state.live_jobs(launch.launch_id) if on_slurm else {}
 
 
+def strangers(launch: LaunchDir, live: Mapping[str, LiveJob]) -> list[str]:
+    """Jobs that carry the launch's name and stand in no file: it was killed as it sent them."""
+    return sorted(set(live) - ledger.known_jobs(launch))
+
+
 def judge(
     launch: LaunchDir, rows: Sequence[Row], live: Mapping[str, LiveJob] | None
 ) -> list[Observed]:
@@ -139,7 +144,7 @@ LAUNCH_HELP = (
 )
 
 
-def parser(description: str, nargs: Literal["one", "?", "+"]) -> argparse.ArgumentParser:
+def parser(description: str, nargs: Literal["one", "?", "+", "*"]) -> argparse.ArgumentParser:
     """What the commands about launches have in common."""
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -149,8 +154,8 @@ def parser(description: str, nargs: Literal["one", "?", "+"]) -> argparse.Argume
             result.add_argument("launch", help=LAUNCH_HELP)
         case "?":
             result.add_argument("launch", nargs="?", help=LAUNCH_HELP)
-        case "+":
-            result.add_argument("launches", nargs="+", metavar="launch", help=LAUNCH_HELP)
+        case "+" | "*":
+            result.add_argument("launches", nargs=nargs, metavar="launch", help=LAUNCH_HELP)
     result.add_argument(
         "--out-dir",
         type=lambda text: Path(text).expanduser().absolute(),

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 
-from spd_core.config import load_config
+from spd_core.config import load_config, named_run
 from spd_core.run_dir import RunDir
 from spd_launch.compose import PACKAGE_ROOT, compose, experiment_names
 from spd_launch.config import JobConfig
@@ -27,7 +27,7 @@ from spd_launch.freeze import record
 from spd_launch.ledger import LaunchDir, default_out_dir, read_rows
 from spd_launch.plan import LaunchPlan, Task, clean, group, step_tasks
 from spd_launch.run_record import read_status
-from spd_launch.snapshot import Snapshot, drop_snapshot, take_snapshot
+from spd_launch.snapshot import code_for, drop_snapshot
 from spd_launch.steps import STEPS, Row, step_command, step_rows
 from spd_launch.validate import validate
 
@@ -53,9 +53,7 @@ def launch_pipeline(arguments: list[str], start: Callable[..., int]) -> int:
         return _show(run_dir, config)
     launch.logs.mkdir(parents=True)
     try:
-        code = Snapshot(PACKAGE_ROOT, None, None)
-        if options.snapshot == "copy":
-            code = take_snapshot(PACKAGE_ROOT, launch.code, launch_id, options.out_dir)
+        code = code_for(options, launch.code, launch_id)
         # Without a digest: this is not the code that the run was trained on.
         record(launch, plan, replace(code, digest=None), [])
         steps = [row for row in read_rows(launch) if row.goal in STEPS]
@@ -65,7 +63,8 @@ def launch_pipeline(arguments: list[str], start: Callable[..., int]) -> int:
     except BaseException:
         if not launch.jobs_file.exists():
             shutil.rmtree(launch.path)
-            drop_snapshot(PACKAGE_ROOT, launch_id)
+            if options.snapshot != "off":
+                drop_snapshot(PACKAGE_ROOT, launch_id)
         raise
 
 
@@ -113,6 +112,10 @@ def plan_pipeline(arguments: list[str]) -> tuple[RunDir, JobConfig]:
 
 
 def _finished_run(reference: str) -> RunDir:
+    try:
+        reference = named_run(reference)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
     folders = [Path(reference).expanduser(), default_out_dir() / "runs" / reference]
     found = next((f for f in folders if (f / "config.yaml").is_file()), None)
     if found is None:

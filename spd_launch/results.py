@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_core.config import load_config
+from spd_core.run_dir import RunDir
 from spd_launch import ledger
 from spd_launch.errors import LaunchError, exit_with, nearest
 from spd_launch.ledger import LaunchDir
@@ -28,8 +29,7 @@ Result = dict[str, Any]
 
 def main() -> int:
     given = _parser().parse_args()
-    launches = [ledger.find_launch(name, given.out_dir) for name in given.launches]
-    results = read_results(launches)
+    results = read_results([ledger.find(name, given.out_dir) for name in given.launches])
     metric = given.lowest or given.highest
     if metric is not None:
         results = best(results, metric, "lowest" if given.lowest else "highest")
@@ -60,29 +60,41 @@ def _parser() -> argparse.ArgumentParser:
     return options
 
 
-def read_results(launches: Sequence[LaunchDir]) -> list[Result]:
-    """Of each decomposition: run, state, the config values that vary, and its last metrics."""
-    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-    for launch in launches:
+def read_results(launches: Sequence[tuple[LaunchDir, str | None]]) -> list[Result]:
+    """Of each decomposition, or the one that is named: run, state, the config values that vary
+    between all of them, and its last metrics. Runs that had finished before are among them."""
+    configs: dict[str, dict[str, Any]] = {}
+    folders: dict[str, RunDir] = {}
+    for launch, run in launches:
         rows = [row for row in ledger.read_task_rows(launch) if row.goal == "decomposition"]
-        base: dict[str, Any] = {}
-        if len(launches) > 1 and rows:  # of one launch it is known what varies
-            config = ledger.flat(load_config(launch.run_dir(rows[0].name).config_file))
-            base = {key: value for key, value in config.items() if key not in rows[0].varies}
-        for row in rows:
-            folder, metrics = launch.run_dir(row.name), {}
-            for record in last_records(folder.metrics_file, TAIL):
-                metrics |= record
-            metrics.pop("time", None)
-            status = read_status(folder)
-            state = {"state": status.state if status else "no status"}
-            found[row.name] = (base | row.varies, state | metrics)
-    varying = ledger.varying([config for config, _ in found.values()])
+        done = ledger.read_info(launch)["done"]
+        shared: dict[str, Any] = {}
+        if rows and (len(launches) > 1 or done):  # else it is written down what varies
+            first = _flat_config(launch.run_dir(rows[0].name))
+            shared = {key: value for key, value in first.items() if key not in rows[0].varies}
+        found = {row.name: shared | row.varies for row in rows if run in (None, row.name)}
+        if run is None:
+            found |= {name: _flat_config(launch.run_dir(name)) for name in done}
+        configs |= found
+        folders |= {name: launch.run_dir(name) for name in found}
+    differences = dict(zip(configs, ledger.varying([*configs.values()]), strict=True))
     return [
-        {"run": name, **{key: str(v) if isinstance(v, list) else v for key, v in varies.items()}}
-        | metrics
-        for (name, (_, metrics)), varies in zip(found.items(), varying, strict=True)
+        {"run": name, **{k: str(v) if isinstance(v, list) else v for k, v in varies.items()}}
+        | _last_metrics(folders[name])
+        for name, varies in differences.items()
     ]
+
+
+def _flat_config(folder: RunDir) -> dict[str, Any]:
+    return ledger.flat(load_config(folder.config_file))
+
+
+def _last_metrics(folder: RunDir) -> Result:
+    status, metrics = read_status(folder), {}
+    for record in last_records(folder.metrics_file, TAIL):
+        metrics |= record
+    metrics.pop("time", None)
+    return {"state": status.state if status else "no status", **metrics}
 
 
 def best(results: Sequence[Result], metric: str, order: str) -> list[Result]:

@@ -72,8 +72,8 @@ def read_error(run_dir: RunDir) -> str:
     return " ".join(file.read_text().split()) if file.exists() else ""
 
 
-def write_environment(run_dir: RunDir) -> None:
-    """Record what the run ran on: versions, machine, command and code."""
+def write_environment(run_dir: RunDir, commit: str | None) -> None:
+    """Record what the run ran on: versions, machine, command and code (`commit`: its snapshot)."""
     import torch  # the ledger imports this file, and planning must not wait for torch
 
     record = {
@@ -85,5 +85,6 @@ def write_environment(run_dir: RunDir) -> None:
         "n_threads": torch.get_num_threads(),
         "command": sys.argv,
         "code": str(Path(__file__).parent.parent),
+        "commit": commit,
     }
     write_atomic(run_dir.env_file, json.dumps(record, indent=2) + "\n")

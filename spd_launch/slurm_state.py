@@ -18,7 +18,10 @@ class LiveJob:
 
 
 def live_jobs(launch_id: str) -> dict[str, LiveJob]:
-    """Job id (12 or 12_3) -> its state, for every job of the launch that is not over."""
+    """Job id (12 or 12_3) -> its state, for every job of the launch that is not over.
+
+    Also of several launches, their ids separated by commas.
+    """
     jobs = {}
     ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
     for line in _slurm("squeue", "-h", "-r", f"--name={launch_id}", "-o", "%i|%T|%R").splitlines():

@@ -14,7 +14,7 @@ from typing import Any
 from spd_launch import ledger
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
-from spd_launch.observe import Observed, ask_slurm, judge, parser
+from spd_launch.observe import Observed, ask_slurm, judge, parser, strangers
 from spd_launch.pace import Pace, pace_of
 from spd_launch.run_record import read_error, read_status, read_wandb_url
 from spd_launch.steps import STEPS
@@ -26,8 +26,7 @@ MAX_TOLD = 10  # of the runs that failed
 
 @dataclass(frozen=True)
 class Seen:
-    """A launch at one moment. `problem`: why Slurm could not be asked; `strangers`: jobs in the
-    queue that carry the launch's name and stand in no file."""
+    """A launch at one moment; `problem` says why Slurm could not be asked."""
 
     rows: list[Observed]
     problem: str
@@ -41,9 +40,9 @@ def main() -> int:
     given = options.parse_args()
     if given.launch is None:
         return _list(given.out_dir, given.json)
-    launch = ledger.find_launch(given.launch, given.out_dir)
+    launch, run = ledger.find(given.launch, given.out_dir)
     while True:
-        seen = look(launch)
+        seen = look(launch, run)
         if given.json:
             print(json.dumps(as_data(launch, seen)), flush=True)
         else:
@@ -54,14 +53,17 @@ def main() -> int:
         time.sleep(WATCH_S)
 
 
-def look(launch: LaunchDir) -> Seen:
+def look(launch: LaunchDir, run: str | None = None) -> Seen:
+    """All of a launch; or one of its runs, with its target and what follows it."""
     rows = ledger.read_rows(launch)
+    if run is not None:
+        target = ledger.find_row(rows, run).after
+        rows = [row for row in rows if run in (row.name, row.after) or row.name == target]
     try:
         live = ask_slurm(launch)
     except LaunchError as error:
         return Seen(judge(launch, rows, None), str(error), [])
-    strangers = sorted(set(live) - ledger.known_jobs(launch))
-    return Seen(judge(launch, rows, live), "", strangers)
+    return Seen(judge(launch, rows, live), "", strangers(launch, live))
 
 
 def _list(out_dir: Path, as_json: bool) -> int:

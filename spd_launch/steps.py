@@ -4,7 +4,7 @@ A step is a command line, `python -m MODULE FOLDER`, in the launch's code. FOLDE
 run, or of the launch. Steps come in the order they are given in: those of a run after the run and
 its earlier steps, those of the launch after all runs and all earlier steps. A step in parts is
 several tasks for each run; how many, and with what options, `launch.clustering` and
-`launch.harvest` say.
+`launch.harvest` say. A new analysis needs one line here.
 """
 
 from collections.abc import Mapping, Sequence

@@ -30,7 +30,7 @@ from spd_core.run_dir import RunDir, write_atomic
 from spd_launch import slurm_state
 from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError, exit_with
-from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_task
+from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_info, read_task
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
 from spd_launch.progress import Heartbeat, StepBar
 from spd_launch.run_record import n_crash_requeues, note_crash, read_status, write_environment
@@ -129,7 +129,7 @@ def run(launch_dir: str, run_id: str) -> None:
             _report(run_dir)
         return
     try:
-        outcome = _train(config, run_dir, place, stop)
+        outcome = _train(config, run_dir, place, stop, read_info(launch)["commit"])
     except Exception as error:
         from spd_launch.peers import PeerFailed  # torch is loaded by now
 
@@ -200,7 +200,7 @@ def _end_with_launcher(cluster: ClusterConfig) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
+def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop, commit: str | None) -> str:
     from spd_core import distributed
     from spd_launch.peers import watching
 
@@ -210,7 +210,7 @@ def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> str:
         f"{meeting.address}:{meeting.port}", _device(config, place),
     )  # fmt: skip
     if dist.is_main:
-        write_environment(run_dir)
+        write_environment(run_dir, commit)
     written = run_dir if dist.is_main else None
     heartbeat = Heartbeat(written, n_steps(config), meeting.attempt, place.job_id)
     heartbeat.write("running")

@@ -6,6 +6,7 @@ A step is started anew where it was preempted, so it needs no checkpoint.
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -40,11 +41,11 @@ def run(launch_path: str, name: str) -> None:
     heartbeat = Heartbeat(folder, 1, 1 + (old.attempt if old else 0), place.job_id)
     heartbeat.write("running")
     try:
-        if problem := unmet(launch, row.goal, row.after):
+        if problem := unmet(launch, row):
             raise LaunchError(problem)
         code, last_line = _command(launch, row)
         if code and not stop():
-            raise LaunchError(f"code {code}: {last_line}")
+            raise LaunchError(f"its command ended with code {code}: {last_line}")
     except LaunchError as error:
         ledger.mark_failed(folder, error)
         raise
@@ -57,29 +58,39 @@ def run(launch_path: str, name: str) -> None:
     heartbeat.write("finished")
 
 
-def unmet(launch: LaunchDir, step: str, run_id: str | None) -> str | None:
-    """Why a step of a run, or (None) of the launch, cannot start yet; None where it can."""
-    runs = [run_id]
-    if run_id is None:
-        runs = [row.name for row in ledger.read_rows(launch) if row.goal == "decomposition"]
-    statuses = [read_status(launch.run_dir(name)) for name in runs if name is not None]
-    n_finished = sum(status is not None and status.state == "finished" for status in statuses)
-    needs = "all" if run_id is not None else ledger.read_info(launch)["then_needs"]
-    if n_finished >= {"all": len(statuses), "any": 1}[needs]:
+def unmet(launch: LaunchDir, row: Row) -> str | None:
+    """Why a step cannot start yet: the runs and earlier steps that it needs; None where it can."""
+    info, rows = ledger.read_info(launch), ledger.read_rows(launch)
+    runs = [other for other in rows if other.goal == "decomposition"]
+    if row.after is not None:
+        runs = [other for other in runs if other.name == row.after]
+    earlier = info["then"][: info["then"].index(row.goal)]
+    steps = [other for other in rows if other.goal in earlier]
+    if row.after is not None:
+        steps = [other for other in steps if other.after == row.after]
+    if row.after is None and info["then_needs"] == "any":
+        n_needed, needed = 1, runs
+    else:
+        n_needed, needed = len(runs + steps), runs + steps
+    statuses = [(other, read_status(launch.folder(other))) for other in needed]
+    missing = [o.name for o, status in statuses if status is None or status.state != "finished"]
+    if len(needed) - len(missing) >= n_needed:
         return None
-    return f"{step} needs {needs} of {len(statuses)} run(s), and {n_finished} finished"
+    return f"{row.name} needs {n_needed} of {len(needed)}; not finished: {', '.join(missing)}"
 
 
 def _command(launch: LaunchDir, row: Row) -> tuple[int, str]:
     """Its exit code, and the last line of what it had to complain about."""
     folder = launch.path if row.after is None else launch.run_dir(row.after).path
     parts = ledger.read_info(launch)["parts"]
-    command = [sys.executable, "-m", *step_command(row, folder, parts)]
-    print("$ " + " ".join(command), flush=True)
-    env = {**os.environ, "SPD_OUT_DIR": str(launch.path.parent.parent)}
+    command = ["-m", *step_command(row, folder, parts)]
+    print("$ python " + shlex.join(command), flush=True)
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # it is no rank of anything
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    env["SPD_OUT_DIR"] = str(launch.path.parent.parent)
     last_line = ""
     with subprocess.Popen(
-        command, env=env, stderr=subprocess.PIPE, text=True, errors="replace"
+        [sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True, errors="replace"
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:

@@ -1,6 +1,6 @@
 """A run's folder, sent to W&B: values, figures, and in the end the files that `load_run` needs.
 
-    python -m spd_launch.upload RUN_DIR
+    python -m spd_launch.upload RUN      (its folder, its id in $SPD_OUT_DIR, or its name)
 
 sends what W&B does not have yet. Beside a run that is tracked in W&B, a process of its own sends
 the folder as it grows, where W&B can hold nothing up: until its stdin is closed, which is when
@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from spd_core.config import RunConfig, load_config
+from spd_core.config import RunConfig, load_config, named_run
 from spd_core.run_dir import RunDir, write_atomic
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.run_record import WANDB_URL, read_status
@@ -159,11 +159,19 @@ def _warn(run_dir: RunDir, problem: str) -> None:
     )
 
 
+def _find(reference: str) -> RunDir:
+    """The run's folder: given itself, by its id in the folder of outputs, or its name."""
+    run = named_run(reference)
+    by_id = RunDir(Path(os.environ.get("SPD_OUT_DIR", "outputs"), "runs", run).absolute())
+    return by_id if by_id.config_file.is_file() else RunDir(Path(run).absolute())
+
+
 def main() -> int:
     if len(sys.argv) not in (2, 3):
-        raise LaunchError("usage: python -m spd_launch.upload RUN_DIR")
-    run_dir, step = RunDir(Path(sys.argv[1]).absolute()), None
+        raise LaunchError("usage: python -m spd_launch.upload RUN    (its folder, id or name)")
+    step = None
     try:
+        run_dir = _find(sys.argv[1])
         config = load_config(run_dir.config_file)
     except ValueError as error:
         raise LaunchError(str(error)) from None

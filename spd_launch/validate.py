@@ -120,8 +120,8 @@ def _check_step_options(launch: LaunchConfig) -> None:
                 raise LaunchError("launch.clustering.options: seed: members have seeds 0 to n - 1")
     if "cluster_distances" in launch.then and launch.clustering.n < 2:
         raise LaunchError(
-            f"launch.clustering.n={launch.clustering.n}: distances need an ensemble of two or more; "
-            "for a single clustering, python -m spd_analysis.clustering RUN"
+            f"launch.clustering.n={launch.clustering.n}: distances need an ensemble of two or more "
+            "(a single one: python -m spd_analysis.clustering RUN)"
         )
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from spd_core.base_config import BaseConfig, Count, CustomConfig, Positive, ScheduleConfig, Seed
 from spd_core.config.losses import LossesConfig
 from spd_core.config.metrics import MetricsConfig
-from spd_core.targets.config import DataConfig, TargetConfig
+from spd_core.targets.config import DataConfig, TargetConfig, data_kind_of
 
 
 class CiFnConfig(BaseConfig):
@@ -126,16 +126,8 @@ class RunConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        match self.target.kind:
-            case "tms" | "resid_mlp":
-                data = "sparse_features"
-            case "induction":
-                data = "induction"
-            case "llama_simple" | "llama_simple_mlp" | "gpt2_simple" | "gpt2_simple_noln":
-                data = "text"
-            case "custom":
-                data = self.data.kind
-        if self.data.kind != data:
+        data = data_kind_of(self.target)
+        if data is not None and self.data.kind != data:
             raise ValueError(
                 f"data.kind={self.data.kind} does not fit target.kind={self.target.kind}, "
                 f"which takes data.kind={data}"
@@ -164,9 +156,22 @@ def load_config(path: Path) -> RunConfig:
     if not path.is_file():
         raise ValueError(f"no run config at {path}")
     try:
-        return RunConfig.model_validate(yaml.safe_load(path.read_text()))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        return RunConfig.model_validate(yaml.load(path.read_text(), loader))
     except (ValidationError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no valid run config: {error}") from None
+
+
+def named_run(reference: str) -> str:
+    """What runs.yaml, here or else in the repository, says for this name; else the reference."""
+    for file in (Path.cwd() / "runs.yaml", Path(__file__).parents[2] / "runs.yaml"):
+        names = yaml.safe_load(file.read_text()) if file.is_file() else None
+        if not isinstance(names, dict | None):
+            raise ValueError(f"{file} is no list of NAME: RUN lines")
+        if names and reference in names:
+            folder = file.parent / str(names[reference])  # a path in it starts where it lies
+            return str(folder if folder.exists() else names[reference])
+    return reference
 
 
 def config_to_yaml(config: RunConfig) -> str:

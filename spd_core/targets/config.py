@@ -113,6 +113,19 @@ TargetConfig = Annotated[
 ]
 
 
+def data_kind_of(target: TargetConfig) -> str | None:
+    """The kind of data that a target takes; None where it may be any."""
+    match target.kind:
+        case "tms" | "resid_mlp":
+            return "sparse_features"
+        case "induction":
+            return "induction"
+        case "llama_simple" | "llama_simple_mlp" | "gpt2_simple" | "gpt2_simple_noln":
+            return "text"
+        case "custom":
+            return None
+
+
 class SparseFeatureDataConfig(BaseConfig):
     """Each feature is uniform over the range with the given probability, else 0."""
 

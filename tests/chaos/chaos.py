@@ -1,6 +1,6 @@
 """Break small runs in every way a machine or a cluster does, continue them, and compare.
 
-    python tests/chaos/chaos.py --faults 200                    on this machine
+    python tests/chaos/chaos.py --faults 200 --minutes 60       on this machine
     python tests/chaos/chaos.py --where cluster --minutes 20    on the four-node test cluster
 
 A run is broken a few times at random moments, continued after each, and at the end compared with
@@ -136,7 +136,9 @@ def until_enough(
 
 @cache
 def left_alone(case: str, place: Path) -> Run:
-    run = make_run(case, place / "whole" / case.replace(" ", "_"))
+    """The run that nobody breaks; it keeps every step, since a stop may save after any."""
+    every_step = ("checkpoint.every_steps=1", "checkpoint.keep=1000")
+    run = make_run(case, place / "whole" / case.replace(" ", "_"), *every_step)
     start(run)
     codes = wait(run, timeout_s=600)
     assert run.state == "finished" and not any(codes), run.log.read_text()

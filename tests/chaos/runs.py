@@ -20,11 +20,12 @@ from spd_launch.validate import validate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+KEPT = 2  # checkpoints
 SMALL = (
     "cluster=local", "train.device=cpu", "train.steps=24", "train.batch_size=32",
     "train.faithfulness_warmup.steps=3", "eval.every=8", "eval.slow_every=24", "eval.steps=1",
-    "eval.batch_size=32", "checkpoint.every_steps=3", "track.log_every=1",
-    "losses.exploding={path: exploding.loss, coeff: 1.0, used: true}",
+    "eval.batch_size=32", "checkpoint.every_steps=3", f"checkpoint.keep={KEPT}",
+    "track.log_every=1", "losses.exploding={path: exploding.loss, coeff: 1.0, used: true}",
 )  # fmt: skip
 TMS = (
     "+experiment=tms_5-2", "target.steps=150", "target.batch_size=256",
@@ -197,14 +198,22 @@ def wait(run: Run, grace_s: float = 5, timeout_s: float = 300) -> list[int]:
 
 
 def differences(run: Run, whole: Run) -> list[str]:
-    """What a run that was broken and continued has otherwise than one that was left alone."""
+    """What a run that was broken and continued has otherwise than one that was left alone.
+
+    Each of the checkpoints that it keeps must be the other's of that step.
+    """
     found = []
+    if len(steps_saved(run)) != KEPT or steps_saved(run)[-1] != steps_saved(whole)[-1]:
+        found.append(f"checkpoints of the steps {steps_saved(run)}")
     one, other = (_metrics(r) for r in (run, whole))
     if one != other:
         steps = ([r["step"] for r in records] for records in (one, other))
         found.append(f"metrics.jsonl: steps {' and '.join(map(str, steps))}, or their values")
     one, other = (_files(r) for r in (run, whole))
-    found += [f"{name} is on one side only" for name in sorted(one.keys() ^ other.keys())]
+    not_kept = {name for name in other.keys() - one.keys() if name.startswith("checkpoints")}
+    found += [
+        f"{name} is on one side only" for name in sorted(one.keys() ^ (other.keys() - not_kept))
+    ]
     found += [
         f"{name} differs" for name in sorted(one.keys() & other.keys()) if one[name] != other[name]
     ]

@@ -18,6 +18,27 @@ SMALL = [
     "track.log_every=10",
     "target.steps=1000", "target.batch_size=512", "cluster=cpu", "cluster.time_min=5",
 ]  # fmt: skip
+NO_FIGURES = [
+    f"eval.metrics.{name}=null"
+    for name in ("ci_histograms", "component_activation_density", "ci_mean_per_component",
+                 "permuted_ci_plots", "uv_plots")
+]  # fmt: skip
+LOSS = """
+import time
+from pathlib import Path
+
+from spd_core.component_model import ComponentModel
+from spd_core.data.batches import Batch
+from spd_core.losses.distance import LossParts
+
+
+def loss(model: ComponentModel, batch: Batch, *, seed: int, without: str, then: str) -> LossParts:
+    while seed == 1 and not Path(without).exists():
+        if then == "fail":
+            raise ArithmeticError("not yet")
+        time.sleep(0.1)
+    return batch.target_out.sum() * 0, 1
+"""
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Launch = Callable[..., tuple[LaunchDir, list[Task]]]
 
@@ -62,3 +83,9 @@ def wait_until(folder: LaunchDir, task: Task, state: str, seconds: float = 120) 
         )
     except TimeoutError:
         pytest.fail(f"{status(folder, task)}\n{log(folder)}")
+
+
+def until(go: Path, then: str) -> str:
+    """The override of a loss that makes seed 1 `wait` for a file, or `fail` without it."""
+    own = f"path: stubborn.loss, coeff: 1.0, seed: '${{seed}}', without: '{go}', then: {then}"
+    return f"losses.stubborn={{{own}}}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from cluster import SMALL, Cluster, Command, Launch
+from cluster import LOSS, SMALL, Cluster, Command, Launch
 
 from spd_launch import ledger
 from spd_launch.ledger import LaunchDir
@@ -106,3 +106,10 @@ def launch(command: Command, out: Path) -> Launch:
         return folder, ledger.read_tasks(folder)
 
     return run
+
+
+@pytest.fixture
+def go(project: Path, tmp_path: Path) -> Path:
+    """The file that a run of seed 1 waits for, or fails without: see `until`."""
+    (project / "stubborn.py").write_text(LOSS)
+    return tmp_path / "go"

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from cluster import SMALL, Cluster, Command, Launch, log, status, wait_for, wait_until
+from cluster import NO_FIGURES, SMALL, Cluster, Command, Launch, log, status, wait_for, wait_until
 
 from spd_launch import ledger
 from spd_launch.ledger import LaunchDir
@@ -15,11 +15,6 @@ LM = [
     "+experiment=ss_llama_simple-1L", "data=stories", "size=small", "dp=2", "target.steps=100000",
     "data.n_documents=300", "data.vocab_size=300", "data.seq_len=16", "target.d_model=16",
     "target.d_mlp=16", "target.batch_size=4",
-]  # fmt: skip
-NO_FIGURES = [
-    f"eval.metrics.{name}=null"
-    for name in ("ci_histograms", "component_activation_density", "ci_mean_per_component",
-                 "permuted_ci_plots", "uv_plots")
 ]  # fmt: skip
 
 

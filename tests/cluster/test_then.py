@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from cluster import SMALL, Cluster, Command, Launch, status, wait_for, wait_until
+from cluster import NO_FIGURES, SMALL, Cluster, Command, Launch, status, until, wait_for, wait_until
 
 from spd_launch import ledger
 from spd_launch.ledger import LaunchDir
@@ -42,6 +43,13 @@ def dependency(slurm: Cluster, job: str) -> str:
     return slurm.run("squeue", "-h", "-r", "-j", job, "-o", "%E").splitlines()[0]
 
 
+def slurm_times(slurm: Cluster, job: str) -> tuple[str, str]:
+    """Start and end of a job's last attempt, as Slurm saw them; ISO dates compare as text."""
+    shown = slurm.run("scontrol", "show", "job", "--oneliner", job)
+    start, end = (shown.split(f" {key}=")[1].split()[0] for key in ("StartTime", "EndTime"))
+    return start, end
+
+
 def queue_is_empty(slurm: Cluster, folder: LaunchDir) -> bool:
     return not slurm.run("squeue", "-h", "--name", folder.launch_id)
 
@@ -50,40 +58,10 @@ def table_row(text: str, name: str) -> str:
     return next(line for line in text.splitlines() if name in line)
 
 
-LOSS = """
-import time
-from pathlib import Path
-
-from spd_core.component_model import ComponentModel
-from spd_core.data.batches import Batch
-from spd_core.losses.distance import LossParts
-
-
-def loss(model: ComponentModel, batch: Batch, *, seed: int, without: str, then: str) -> LossParts:
-    while seed == 1 and not Path(without).exists():
-        if then == "fail":
-            raise ArithmeticError("not yet")
-        time.sleep(0.1)
-    return batch.target_out.sum() * 0, 1
-"""
-
-
-@pytest.fixture
-def go(project: Path, tmp_path: Path) -> Path:
-    """The file that a run of seed 1 waits for, or fails without: see `until`."""
-    (project / "stubborn.py").write_text(LOSS)
-    return tmp_path / "go"
-
-
-def until(go: Path, then: str) -> str:
-    own = f"path: stubborn.loss, coeff: 1.0, seed: '${{seed}}', without: '{go}', then: {then}"
-    return f"losses.stubborn={{{own}}}"
-
-
 def test_each_run_is_evaluated_when_it_ends_and_the_report_comes_last(
     launch: Launch, command: Command, slurm: Cluster, go: Path
 ) -> None:
-    folder, [short, long] = launch("-m", "seed=0,1", BOTH, until(go, "wait"))
+    folder, [short, long] = launch("-m", "seed=0,1", BOTH, *NO_FIGURES, until(go, "wait"))
     jobs = ledger.latest_jobs(folder)
     array = jobs[short.run_id].split("_")[0]
     first, second = f"evaluate-{short.run_id}", f"evaluate-{long.run_id}"
@@ -105,7 +83,7 @@ def test_each_run_is_evaluated_when_it_ends_and_the_report_comes_last(
 def test_nothing_waits_for_a_run_that_failed_and_resume_sends_all_of_it_again(
     launch: Launch, command: Command, slurm: Cluster, go: Path
 ) -> None:
-    folder, [good, bad] = launch("-m", "seed=0,1", BOTH, until(go, "fail"))
+    folder, [good, bad] = launch("-m", "seed=0,1", BOTH, *NO_FIGURES, until(go, "fail"))
     wait_until(folder, bad, "failed")
     wait_for(lambda: queue_is_empty(slurm, folder), 120, "Slurm to give the others up")
     assert states(folder) == {
@@ -125,7 +103,7 @@ def test_nothing_waits_for_a_run_that_failed_and_resume_sends_all_of_it_again(
 
 def test_a_step_that_needs_any_run_goes_ahead(launch: Launch, go: Path) -> None:
     any_ = ["launch.then=[report]", "launch.then_needs=any"]
-    folder, [_, bad] = launch("-m", "seed=0,1", *any_, until(go, "fail"))
+    folder, [_, bad] = launch("-m", "seed=0,1", *any_, *NO_FIGURES, until(go, "fail"))
     wait_until(folder, bad, "failed")
     wait_for(lambda: states(folder)["report"] == "finished", 240, "the report to go ahead")
 
@@ -142,13 +120,24 @@ def test_steps_are_cancelled_with_their_runs(
     assert set(states(folder).values()) == {"cancelled"}
 
 
-def test_a_requeued_run_is_still_waited_for(launch: Launch, slurm: Cluster, go: Path) -> None:
-    folder, [run] = launch("seed=1", BOTH, until(go, "wait"))
+@pytest.mark.parametrize("steps", ["report", "evaluate,report"])
+def test_what_follows_a_requeued_run_starts_when_that_has_really_ended(
+    steps: str, launch: Launch, slurm: Cluster, go: Path
+) -> None:
+    arguments = ["-m", "seed=0,1", f"launch.then=[{steps}]", *NO_FIGURES, until(go, "wait")]
+    folder, [_, run] = launch(*arguments)
     jobs = ledger.latest_jobs(folder)
     wait_until(folder, run, "running")
     slurm.run("scontrol", "requeue", jobs[run.run_id])
     wait_for(lambda: status(folder, run).attempt == 2, 120, "the second attempt")
-    assert set(states(folder).values()) == {"pending"}  # neither the evaluation nor the report
+    # Who waits for the run itself still does; the report waits for what comes last in each chain.
+    chain = [run.run_id, f"evaluate-{run.run_id}", "report"]
+    chain = [name for name in chain if name in jobs]
+    for first, then in pairwise(chain):
+        assert f":{jobs[first].split('_')[0]}" in dependency(slurm, jobs[then]), (first, then)
     go.touch()
     wait_until(folder, run, "finished")
     wait_for(lambda: set(states(folder).values()) == {"finished"}, 120, f"all of {states(folder)}")
+    times = [slurm_times(slurm, jobs[name]) for name in chain]
+    for (_, ended), (started, _) in pairwise(times):
+        assert ended <= started

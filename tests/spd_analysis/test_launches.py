@@ -41,6 +41,25 @@ def test_a_launch_is_found_as_status_finds_it(name, launched):
     assert [r.path.name for r in find_runs([name])] == ["one", "two"]
 
 
+def test_the_newest_launch_of_a_name_is_found_by_it(launched):
+    launched("20261123-101530-my_sweep-aaaa", "old")
+    launched("20261124-101530-my_sweep-wide-aaab", "wide")
+    new = launched("20261124-101530-my_sweep-bbbb", "new")
+    assert find_launch("my sweep") == find_launch("my_sweep") == new
+    assert find_launch("sweep") is None
+
+
+def test_a_name_of_runs_yaml_is_that_run_also_where_a_launch_has_it(
+    launched, tmp_path, monkeypatch
+):
+    launched("20261124-101530-wide-bbbb", "one", "two")
+    (tmp_path / "runs.yaml").write_text("wide: two\ngood: runs/one\n")
+    monkeypatch.chdir(tmp_path)
+    assert [r.path.name for r in find_runs(["wide"])] == ["two"]
+    assert [r.path.name for r in find_runs(["good"])] == ["one"]
+    assert [r.path.name for r in find_runs(["bbbb"])] == ["one", "two"]
+
+
 def test_several_launches_of_one_beginning_are_named(launched):
     launched("2026-a", "one"), launched("2026-b", "two")
     with pytest.raises(ValueError, match="'2026' names 2 launches: 2026-a, 2026-b"):

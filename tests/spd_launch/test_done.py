@@ -24,7 +24,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return code_digest(ROOT, tmp_path_factory.mktemp("out"))
+    return code_digest(ROOT, tmp_path_factory.mktemp("out"), max_mb=10)
 
 
 def launched(code: str | None, state: str, configs: list[JobConfig]) -> list[str]:

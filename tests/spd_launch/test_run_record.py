@@ -17,6 +17,7 @@ def test_status_round_trip(make_run_dir):
 
 def test_environment(make_run_dir):
     run_dir = make_run_dir("run")
-    write_environment(run_dir)
+    write_environment(run_dir, "abc")
     record = json.loads(run_dir.env_file.read_text())
+    assert record["commit"] == "abc"
     assert Path(record["code"], "spd_core").is_dir() and record["torch"] and record["host"]

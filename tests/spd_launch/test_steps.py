@@ -154,5 +154,5 @@ def test_a_step_takes_one_process_of_its_runs_profile() -> None:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_every_step_is_a_command(name: str) -> None:
-    command = [sys.executable, "-m", STEPS[name].module, "--help"]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    shown = [sys.executable, "-m", STEPS[name].module, "--help"]
+    subprocess.run(shown, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

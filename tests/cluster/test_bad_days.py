@@ -1,0 +1,89 @@
+"""Days on which Slurm does not answer, keeps no accounts, or somebody cancels by hand."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from cluster import NO_FIGURES, SMALL, Cluster, Command, Launch, status, until, wait_for, wait_until
+
+from spd_launch import ledger
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _target(command: Command) -> None:
+    command("spd_launch", *SMALL, "cluster=local", "launch.goal=target")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(slurm: Cluster) -> Iterator[None]:
+    yield
+    slurm.run("scancel", "--user=root")
+
+
+@contextmanager
+def no_controller() -> Iterator[None]:
+    [controller] = [p for p, name in slurm_cluster.running("ctl").items() if name == "slurmctld"]
+    os.kill(controller, signal.SIGKILL)
+    try:
+        yield
+    finally:
+        slurm_cluster.start("ctl", "slurmctld", "-D")
+        wait_for(lambda: len(slurm_cluster.node_states()) == 4, 60, "the controller")
+
+
+def test_a_controller_that_is_down_is_said_to_be(
+    launch: Launch, command: Command, out: Path, slurm: Cluster
+) -> None:
+    folder, [task] = launch("+cluster.sbatch.hold=true")
+    before = sorted((out / "launches").iterdir()), sorted((out / "runs").iterdir())
+    words = "Unable to contact slurm controller"
+    with no_controller():
+        shown = command("spd_launch.status", "latest").stdout
+        assert words in shown and "1 run(s): 1 pending" in shown
+        for refused in (
+            ["spd_launch", *SMALL, "seed=7"],
+            ["spd_launch.cancel", "latest"],
+            ["spd_launch.resume", "latest"],
+        ):
+            done = command(*refused, code=2)
+            assert words in done.stderr and "Traceback" not in done.stderr
+        after = sorted((out / "launches").iterdir()), sorted((out / "runs").iterdir())
+        assert after == before and status(folder, task).state == "pending"
+    [job] = ledger.latest_jobs(folder).values()
+    assert slurm.run("squeue", "-h", "-o", "%i").split() == [job]
+    assert "cancelled 1 live run(s)" in command("spd_launch.cancel", "latest").stdout
+
+
+def test_cancelled_by_hand_and_without_accounts(
+    launch: Launch, command: Command, slurm: Cluster, go: Path, out: Path, project: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    arguments = ["-m", "seed=1,0", "launch.max_parallel=1", until(go, "wait"), *NO_FIGURES]
+    folder, [running, pending] = launch(*arguments)
+    wait_until(folder, running, "running")
+    jobs = ledger.latest_jobs(folder)
+    slurm.run("scancel", jobs[pending.run_id])
+    slurm.run("scancel", jobs[running.run_id])
+    wait_for(lambda: not slurm.run("squeue", "-h"), 60, "both jobs to end")
+    shown = command("spd_launch.status", "latest").stdout
+    assert shown.count("cancelled by 0, not finished") == 3  # in the first line, and in each row
+
+    for name in ("squeue", "sbatch", "scontrol", "scancel", "sinfo", "git"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    ours = {"PATH": tmp_path, "SPD_OUT_DIR": out, "PYTHONPATH": project}
+    shown = subprocess.run(
+        [sys.executable, "-m", "spd_launch.status", "latest"], cwd=project, check=True,
+        env={**os.environ, **{k: str(v) for k, v in ours.items()}}, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert shown.count("ended, not finished") == 3 and "sacct" not in shown
+    go.touch()
+    assert "2 run(s)" in command("spd_launch.resume", "latest").stdout
+    for task in (running, pending):
+        wait_until(folder, task, "finished", 240)
