@@ -43,6 +43,14 @@ class PartsConfig(BaseConfig):
     options: list[str] = Field(description="FIELD=VALUE of the command, such as alpha=0.5")
 
 
+class EvaluateConfig(BaseConfig):
+    """Of the step evaluate."""
+
+    checkpoints: Literal["last", "all"]
+    steps: Count | None = Field(description="batches of data; null = the run's eval.steps")
+    batch_size: Count | None = Field(description="null = the run's eval.batch_size")
+
+
 class LaunchConfig(BaseConfig):
     out_dir: Path
     name: str | None = Field(description="name of the launch; null = the sweep's or experiment's")
@@ -63,12 +71,17 @@ class LaunchConfig(BaseConfig):
     max_requeues: Annotated[int, Field(ge=0)]
     then: list[str] = Field(description="steps that follow the runs, in this order")
     then_needs: Literal["all", "any"] = Field(description="runs that steps of the launch need")
+    evaluate: EvaluateConfig
     clustering: PartsConfig = Field(description="of the steps clustering, cluster_distances")
     harvest: PartsConfig = Field(description="of the steps harvest, merge_harvest")
 
     def parts(self) -> dict[str, dict[str, Any]]:
-        """The steps that are in parts, as plain data."""
-        return {name: getattr(self, name).model_dump() for name in ("clustering", "harvest")}
+        """What steps are given (`spd_launch.steps`), as plain data."""
+        words = ["--all-steps"] if self.evaluate.checkpoints == "all" else []
+        sizes = {"--steps": self.evaluate.steps, "--batch-size": self.evaluate.batch_size}
+        words += [f"{option}={value}" for option, value in sizes.items() if value is not None]
+        parts = {name: getattr(self, name).model_dump() for name in ("clustering", "harvest")}
+        return {"evaluate": {"options": words}, **parts}
 
 
 class JobConfig(RunConfig):

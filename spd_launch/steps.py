@@ -17,16 +17,19 @@ from spd_launch.errors import LaunchError, nearest
 
 @dataclass(frozen=True)
 class Step:
-    """`arguments` follow the folder; in them stand the name and number of the step's `parts`."""
+    """`arguments` follow the folder; in them stand the name and number of the step's `parts`.
+
+    The options among `parts` are those of the step that has the same name.
+    """
 
     module: str
     of_each: Literal["part", "run", "launch"]
-    parts: Literal["clustering", "harvest"] | None = None
+    parts: Literal["evaluate", "clustering", "harvest"] | None = None
     arguments: tuple[str, ...] = ()
 
 
 STEPS = {
-    "evaluate": Step("spd_analysis.evaluate_run", "run"),
+    "evaluate": Step("spd_analysis.evaluate_run", "run", "evaluate"),
     "compare": Step("spd_analysis.compare", "launch"),
     "report": Step("spd_analysis.report", "launch"),
     "clustering": Step(
@@ -42,7 +45,7 @@ STEPS = {
     "merge_harvest": Step("spd_analysis.harvest.merge", "run", "harvest", ("--name={name}",)),
 }  # fmt: skip
 Parts = Mapping[str, Mapping[str, Any]]
-"""launch.clustering and launch.harvest, as plain data."""
+"""launch.evaluate, launch.clustering and launch.harvest, as plain data."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def check_steps(names: Sequence[str], goal: str) -> None:
             raise LaunchError(f"launch.then: {name!r} comes {names.count(name)} times")
     for i, name in enumerate(names):
         parts = [other for other, step in STEPS.items() if step.parts == STEPS[name].parts]
-        if STEPS[name].parts and STEPS[name].of_each == "run" and parts[0] not in names[:i]:
+        if STEPS[name].parts and parts[0] not in (name, *names[:i]):
             raise LaunchError(f"launch.then: {name!r} comes after {parts[0]!r}")
 
 
@@ -106,6 +109,6 @@ def step_command(row: Row, folder: Path, parts: Parts) -> list[str]:
     if step.parts is None:
         return [step.module, str(folder)]
     given = parts[step.parts]
-    options = given["options"] if step.of_each == "part" else []
+    options = given["options"] if row.goal == step.parts else []
     own = [word.format(**given, part=row.part) for word in step.arguments]
     return [step.module, str(folder), *options, *own]

@@ -60,6 +60,12 @@ def test_a_step_in_parts_has_several_rows_for_each_run() -> None:
     assert step_command(rows[4], Path("/x"), parts) == [
         "spd_analysis.clustering.distances", "/x", "--name=e", "--n=2",
     ]  # fmt: skip
+    wide = {"checkpoints": "all", "steps": 50, "batch_size": None}
+    for changes, words in ({}, []), ({"launch__evaluate": wide}, ["--all-steps", "--steps=50"]):
+        parts = config(**changes).launch.parts()
+        [evaluate] = step_rows(["evaluate"], RUNS[:1], parts)
+        given = step_command(evaluate, Path("/x"), parts)
+        assert given == ["spd_analysis.evaluate_run", "/x", *words]
     harvest = step_rows(["harvest"], RUNS[:1], parts)
     assert step_command(harvest[3], Path("/x"), parts)[2:] == ["--name=default", "--shard=3/4"]
 
