@@ -78,7 +78,7 @@ def test_three_seeds_to_a_report_although_tasks_are_killed(
 def test_members_are_added_to_an_ensemble_of_a_finished_run(
     command: Command, slurm: Cluster, out: Path
 ) -> None:
-    run_dir = sorted((out / "runs").iterdir())[0]
+    [run_dir] = (out / "runs").glob("tms_5-2-seed0-*")
     members = run_dir / "clusterings" / "ensemble"
     before = (members / "seed_1" / "history.npz").stat().st_mtime_ns
     said = command(
