@@ -339,9 +339,12 @@ def main() -> int:
         draw_modules(summary, new / "modules.png")
     print_summary(summary, console)
     console.print(f"wrote {folder}", soft_wrap=True, highlight=False)
-    console.print(f"next: look at {folder / 'similarity.png'}, or write all of it into one page: "
-                  f"python -m spd_analysis.report {shlex.join(arguments.runs)}",
-                  soft_wrap=True, highlight=False)  # fmt: skip
+    page = ""
+    if len(arguments.runs) == 1:  # a launch, whose report shows this too
+        page = f", or put all on one page: python -m spd_analysis.report {shlex.quote(arguments.runs[0])}"
+    console.print(
+        f"next: look at {folder / 'similarity.png'}{page}", soft_wrap=True, highlight=False
+    )
     return 0
 
 

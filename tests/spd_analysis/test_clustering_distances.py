@@ -122,8 +122,12 @@ def test_members_may_be_added_later_and_each_counts_once(ensemble, command):
     assert np.load(folder / "distances" / "distances.npz")["seeds"].tolist() == [0, 1]
     shutil.move(folder.parent / "aside", folder / "seed_2")
     (folder / ".seed_2.0123").mkdir()  # what a task that was killed may leave behind
+    (folder / "seed_2_old").mkdir()
     assert command(run_dir.path, "--points", 3)[0] == 0
     assert np.load(folder / "distances" / "distances.npz")["seeds"].tolist() == [0, 1, 2]
+    shutil.copytree(folder / "seed_2", folder / "seed_3")
+    code, _, error = command(run_dir.path)
+    assert code == 2 and "seed_3 is the clustering of seed 2" in error
 
 
 def test_an_ensemble_that_is_no_ensemble_is_refused(ensemble, command):
