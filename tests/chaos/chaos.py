@@ -110,9 +110,12 @@ def on_cluster(options: argparse.Namespace, place: Path, record: Record) -> None
     def torment(run: Run) -> Iterator[tuple[str, str]]:
         for name in islice(kinds, PER_JOB):
             how, slurms, ours = on_slurm.strike(on_slurm.FAULTS[name], on_slurm.Scene(run, chance))
-            yield name, f"{how}, {slurms:.0f} s to its start and {ours:.0f} s to a step"
+            told = f"{how}, {slurms:.0f} s to its start and {ours:.0f} s to a step"
+            yield ("left alone" if how.startswith("too late") else name), f"{name}: {told}"
             if run.state == "finished":
                 break
+            if how.startswith("too late"):
+                continue
             way = how.split(", ")[-1]  # requeued, or resumed by hand
             record.seconds[f"{way}, Slurm's part: to the start of the job"].append(slurms)
             record.seconds[f"{way}, ours: from there to the first new step"].append(ours)
