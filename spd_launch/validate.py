@@ -52,8 +52,10 @@ def validate_all(composed: Sequence[Composed]) -> list[tuple[dict[str, str], Job
 
     Raises:
         LaunchError: as `validate`; of several runs the wrong ones are named by their overrides:
-            the first of each kind of mistake, up to three kinds.
+            the first of each kind of mistake, up to three kinds. What not all of them have comes
+            first.
     """
+    common = set.intersection(*(set(run.overrides.items()) for run in composed))
     runs: list[tuple[dict[str, str], JobConfig]] = []
     wrong: dict[str, list[str]] = {}  # message -> the runs that it is about
     for run in composed:
@@ -62,7 +64,8 @@ def validate_all(composed: Sequence[Composed]) -> list[tuple[dict[str, str], Job
         except LaunchError as error:
             if len(composed) == 1:
                 raise
-            wrong.setdefault(str(error), []).append(as_typed(run.overrides))
+            told = sorted(run.overrides.items(), key=lambda override: override in common)
+            wrong.setdefault(str(error), []).append(as_typed(dict(told)))
     if wrong:
         n = sum(map(len, wrong.values()))
         lines = [f"{n} of {len(composed)} runs cannot be, so none was sent:"]
