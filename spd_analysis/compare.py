@@ -341,7 +341,8 @@ def main() -> int:
     console.print(f"wrote {folder}", soft_wrap=True, highlight=False)
     page = ""
     if len(arguments.runs) == 1:  # a launch, whose report shows this too
-        page = f", or put all on one page: python -m spd_analysis.report {shlex.quote(arguments.runs[0])}"
+        launch = shlex.quote(arguments.runs[0])
+        page = f", or put all on one page: python -m spd_analysis.report {launch}"
     console.print(
         f"next: look at {folder / 'similarity.png'}{page}", soft_wrap=True, highlight=False
     )

@@ -209,8 +209,8 @@ def _evaluate_all(arguments: argparse.Namespace, dist: Dist, console: Console) -
         console.print(f"wrote {written}", soft_wrap=True, highlight=False)
     for reference in arguments.runs:
         console.print(
-            f"next: python -m spd_analysis.report {shlex.quote(reference)}  (one page with all of it)",
-            soft_wrap=True, highlight=False,
+            f"next: python -m spd_analysis.report {shlex.quote(reference)}  (one page with all "
+            "of it)", soft_wrap=True, highlight=False,
         )  # fmt: skip
     return 0
 

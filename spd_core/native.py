@@ -20,7 +20,8 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered, so that they vectorise; -ffast-math would change the whole process.
-FLAGS = "-O3 -march=native -fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno"
+MATH = "-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno"
+FLAGS = f"-shared -fPIC -O3 -march=native {MATH}"
 thread_pool = cache(ThreadPoolExecutor)
 
 
@@ -30,8 +31,7 @@ def library() -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         built = f"{folder}/native.so"
         try:
-            compiler = os.environ.get("CC", "cc")
-            command = [compiler, *FLAGS.split(), "-shared", "-fPIC", str(SOURCE), "-o", built]
+            command = [os.environ.get("CC", "cc"), *FLAGS.split(), SOURCE, "-o", built]
             subprocess.run(command, check=True)
             return ctypes.CDLL(built)
         except (subprocess.CalledProcessError, OSError) as error:
