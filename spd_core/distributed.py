@@ -3,8 +3,7 @@
 Convention for losses: each rank returns its (sum, count); the value is sum over ranks divided by
 count over ranks, and gradients are SUMMED over ranks.
 
-A rank that fails leaves the others waiting in a collective: who started them ends them, as
-`spd_launch.peers` does.
+A rank that fails leaves the others waiting; who started them ends them (`spd_launch.peers`).
 """
 
 from collections.abc import Iterable, Mapping
