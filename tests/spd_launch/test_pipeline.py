@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from launch_configs import config
 
-from spd_core.config import config_to_yaml
+from spd_launch.config import config_to_yaml
 from spd_core.run_dir import RunDir
 from spd_launch import ledger
 from spd_launch.config import run_config
