@@ -173,7 +173,8 @@ def _wait_until_lost(scene: Scene, node: str) -> None:
     try:
         wait_for(lambda: "down" in slurm(*shown), 120, f"{node} to be lost")
     except TimeoutError as error:
-        raise UnnoticedError(str(error)) from None
+        log = (slurm_cluster.STATE / "slurmctld.log").read_text().splitlines()[-5:]
+        raise UnnoticedError(f"{error}: it is {slurm(*shown).split()}; {log}") from None
 
 
 def controller_down(scene: Scene) -> None:
