@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from spd_core import distributed
-from spd_core.ci_fns import CausalImportance
 from spd_core.config import RunConfig
 from spd_core.config.losses import ImportanceMinimalityConfig
-from spd_core.data.batches import Batches, Decomposition, training_batches
+from spd_core.data.batches import Batch, Batches, Decomposition, training_batches
 from spd_core.losses import loss_parts, prepare_step
 from spd_core.schedule import annealed_p, schedule_value
 
-ObserveCi = Callable[[dict[str, CausalImportance]], None]
+Observe = Callable[[Batch], None]
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class StepResult:
 
 
 def optimisation_step(
-    d: Decomposition, optimizer: torch.optim.AdamW, step: int, draw: int, observe: ObserveCi
+    d: Decomposition, optimizer: torch.optim.AdamW, step: int, draw: int, observe: Observe
 ) -> StepResult:
-    """Step number `step` (0-based); `observe` sees the importances of every microbatch.
+    """Step number `step` (0-based); `observe` sees every microbatch.
 
     `draw` is the number that its batch and masks are drawn by: `step`, unless others are wanted.
     Losses are over all ranks and microbatches, norms over the whole gradient before clipping.
@@ -63,7 +62,7 @@ def optimisation_step(
 
 
 def accumulate_gradients(
-    d: Decomposition, batches: Batches, n_micro: int, step: int, observe: ObserveCi
+    d: Decomposition, batches: Batches, n_micro: int, step: int, observe: Observe
 ) -> tuple[dict[str, Float[Tensor, ""]], int]:
     """Add this rank's gradient of the weighted losses to `.grad`.
 
@@ -81,7 +80,7 @@ def accumulate_gradients(
     for _ in range(n_micro):
         with d.autocast():
             batch = next(parts_of_batch)
-            observe(batch.ci)
+            observe(batch)
             parts = {n: loss_parts(n, loss, batch, whole) for n, loss in losses.items()}
         for name, (_, count) in parts.items():
             if counts.setdefault(name, count) != count:

@@ -13,10 +13,9 @@ import torch
 from rich.console import Console
 
 from spd_core import checkpoint, distributed
-from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
-from spd_core.data.batches import Decomposition
+from spd_core.data.batches import Batch, Decomposition
 from spd_core.data.start import start_components
 from spd_core.distributed import Dist, over_ranks
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
@@ -127,11 +126,11 @@ def _loop(
     alive, l0 = config.eval.metrics.alive_components, config.eval.metrics.ci_l0
     save, l0_of_step = checkpoint.save_checkpoint, Sums()
 
-    def observe(ci: dict[str, CausalImportance]) -> None:
+    def observe(batch: Batch) -> None:
         if alive is not None:
-            observe_alive(t.positions_ago, ci, alive, dist)
+            observe_alive(t.positions_ago, batch.ci, alive, dist)
         if l0 is not None and logged:
-            add(l0_of_step, l0_sums(ci, l0))
+            add(l0_of_step, l0_sums(batch.ci, l0))
 
     writing, saving_s, stopping = writer.submit(lambda: None), 0.0, False
     timed_from, started = step, time.perf_counter()

@@ -90,6 +90,7 @@ def _typed(arguments: list[str], multirun: bool) -> dict[str, list[Setting]]:
         settings = [_setting(name, one) for one in _each(argument, override)]
         if override.is_sweep_override() and not multirun:
             raise LaunchError(f"{argument!r} names several values: add -m to run each of them")
+        typed.pop(name, None)  # what is typed again stands, and holds, where it was typed last
         typed[name] = settings
     return typed
 

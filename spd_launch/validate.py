@@ -8,6 +8,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from spd_analysis.clustering import config as clustering
+from spd_analysis.harvest import config as harvest
 from spd_core.config import RunConfig
 from spd_core.parts import check_parts
 from spd_core.targets.config import (
@@ -19,7 +21,7 @@ from spd_core.targets.config import (
     TransformerTargetConfig,
 )
 from spd_launch.compose import Composed, as_typed
-from spd_launch.config import JobConfig
+from spd_launch.config import JobConfig, LaunchConfig
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.steps import check_steps
 
@@ -50,8 +52,10 @@ def validate_all(composed: Sequence[Composed]) -> list[tuple[dict[str, str], Job
 
     Raises:
         LaunchError: as `validate`; of several runs the wrong ones are named by their overrides:
-            the first of each kind of mistake, up to three kinds.
+            the first of each kind of mistake, up to three kinds. What not all of them have comes
+            first.
     """
+    common = set.intersection(*(set(run.overrides.items()) for run in composed))
     runs: list[tuple[dict[str, str], JobConfig]] = []
     wrong: dict[str, list[str]] = {}  # message -> the runs that it is about
     for run in composed:
@@ -60,7 +64,8 @@ def validate_all(composed: Sequence[Composed]) -> list[tuple[dict[str, str], Job
         except LaunchError as error:
             if len(composed) == 1:
                 raise
-            wrong.setdefault(str(error), []).append(as_typed(run.overrides))
+            told = sorted(run.overrides.items(), key=lambda override: override in common)
+            wrong.setdefault(str(error), []).append(as_typed(dict(told)))
     if wrong:
         n = sum(map(len, wrong.values()))
         lines = [f"{n} of {len(composed)} runs cannot be, so none was sent:"]
@@ -86,6 +91,7 @@ def validate(values: dict[str, Any]) -> JobConfig:
         raise LaunchError(problems(error, values, JobConfig)) from None
     _check_modules(config)
     check_steps(config.launch.then, config.launch.goal)
+    _check_step_options(config.launch)
     try:
         check_parts(config)
     except ValueError as error:
@@ -102,6 +108,24 @@ def validate(values: dict[str, Any]) -> JobConfig:
             f"cluster.time_min={cluster.time_min} min: the job would stop as it starts"
         )
     return config
+
+
+def _check_step_options(launch: LaunchConfig) -> None:
+    checks = {"clustering": clustering, "harvest": harvest}
+    for step, module in checks.items():
+        if step in launch.then:
+            options = getattr(launch, step).options
+            try:
+                module.load_config(module.DEFAULT, options)
+            except ValueError as error:
+                raise LaunchError(f"launch.{step}.options: {error}") from None
+            if step == "clustering" and any(option.startswith("seed=") for option in options):
+                raise LaunchError("launch.clustering.options: seed: members have seeds 0 to n - 1")
+    if "cluster_distances" in launch.then and launch.clustering.n < 2:
+        raise LaunchError(
+            f"launch.clustering.n={launch.clustering.n}: distances need an ensemble of two or more "
+            "(a single one: python -m spd_analysis.clustering RUN)"
+        )
 
 
 def problems(error: ValidationError, values: Any, schema: type[BaseModel]) -> str:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from cluster import SMALL, Cluster, Command, log, wait_until
-from slurm_cluster import wait_for
+from cluster import SMALL, Cluster, Command, log, wait_for, wait_until
 
 from spd_launch import ledger
 
@@ -25,8 +24,10 @@ def test_they_do_no_harm(command: Command, slurm: Cluster, project: Path, tmp_pa
     folder = ledger.find_launch("latest", out)
     for task in reversed(ledger.read_tasks(folder)):
         wait_until(folder, task, "finished")
-    wait_for(lambda: "report.html" in log(folder), 60, "the report of a run that is finished")
     [job] = {ledger.latest_jobs(folder)[task.run_id] for task in ledger.read_tasks(folder)[:1]}
+    # The report is written when the run is finished, by the same job.
+    wait_for(lambda: slurm.state(job) == "COMPLETED", 60, "the job to end")
+    assert "report.html" in log(folder)
     assert str(out) in slurm.run("scontrol", "show", "job", job)
     shown = command("spd_launch.logs", folder.launch_id, "0", "--out-dir", str(out)).stdout
     assert "report.html" in shown

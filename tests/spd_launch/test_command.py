@@ -106,14 +106,23 @@ def test_one_bad_run_of_many_is_named_and_nothing_is_sent(tmp_path: Path) -> Non
     done = run("spd_launch", "-m", *LOCAL, *many, drop, "eval.batch_size=64", out=tmp_path)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert "error: 100 of 1000 runs cannot be, so none was sent:" in done.stderr
-    assert "seed=0 train.batch_size=96 dp=64" in done.stderr
+    assert "\n       seed=0 train.batch_size=96 dp=64 experiment=" in done.stderr
     assert "train.batch_size=96 does not divide by dp=64" in done.stderr
     assert "  99 more likewise" in done.stderr
     one = ["seed=range(0,250)", "train.steps=100,0", "eval.batch_size=64", "seed=range(1,2)"]
     with pytest.raises(
-        LaunchError, match=r"(?s)1 of 2 runs .*seed=1 train\.steps=0 .*train\.steps=0:"
+        LaunchError, match=r"(?s)1 of 2 runs .*\n +train\.steps=0 .* seed=1\n.*train\.steps=0:"
     ):
         validate_all(compose([*LOCAL, *one], multirun=True))
+
+
+def test_what_is_typed_again_holds_from_there() -> None:
+    typed = ["losses.faithfulness.coeff=1", "losses.faithfulness=null", "seed=5,6"]
+    again = ["train.steps=7,8", "seed=1,2", "losses.faithfulness.coeff=3"]
+    configs = [validate(run.values) for run in compose([*LOCAL, *typed, *again], multirun=True)]
+    assert [(c.train.steps, c.seed) for c in configs] == [(7, 1), (7, 2), (8, 1), (8, 2)]
+    coeffs = [c.losses.faithfulness and c.losses.faithfulness.coeff for c in configs]
+    assert coeffs == [3] * 4
 
 
 def test_an_override_reaches_a_field_that_the_yaml_leaves_out() -> None:

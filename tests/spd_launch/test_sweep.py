@@ -236,7 +236,7 @@ def test_what_a_sweep_cannot_set_is_named_with_its_run(sweep) -> None:
         configs("+sweep=mine")
     message = str(error.value)
     assert "2 of 2 runs cannot be, so none was sent" in message
-    assert "sweep=mine experiment=tms_5-2 train.stepz=3 seed=0" in message
+    assert "\n       seed=0 sweep=mine experiment=tms_5-2 train.stepz=3 cluster=cpu\n" in message
     assert "no field 'stepz' in train; did you mean steps" in message
 
 

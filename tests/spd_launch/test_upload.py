@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from spd_core.config import config_to_yaml, load_config
+from spd_core.config import load_config
 from spd_core.run_dir import append_metrics, truncate_metrics
 from spd_core.targets.train_target import target_folder
 from spd_launch import upload
+from spd_launch.config import config_to_yaml
 from spd_launch.errors import LaunchError
 from spd_launch.run_record import Status, write_status
 from spd_launch.upload import uploading
