@@ -108,7 +108,7 @@ def on_cluster(options: argparse.Namespace, place: Path, record: Record) -> None
     kinds, cases = endless(chance, on_slurm.FAULTS), endless(chance, options.case or FEW_CASES)
 
     def torment(run: Run) -> Iterator[tuple[str, str]]:
-        for name in islice(kinds, PER_JOB):
+        for name in islice(kinds, min(PER_JOB, options.faults)):
             how, slurms, ours = on_slurm.strike(on_slurm.FAULTS[name], on_slurm.Scene(run, chance))
             told = f"{how}, {slurms:.0f} s to its start and {ours:.0f} s to a step"
             yield ("left alone" if how.startswith("too late") else name), f"{name}: {told}"

@@ -169,11 +169,16 @@ def cut_network(scene: Scene) -> None:
 
 def _wait_until_lost(scene: Scene, node: str) -> None:
     (scene.run.orders / "pace").write_text(SLOW_PACE_S)  # that it does not end before
-    shown = ("sinfo", "-h", "-n", node, "-o", "%T")
+    shown, attempt = ("sinfo", "-h", "-n", node, "-o", "%T"), scene.run.attempts
+
+    def lost() -> bool:  # a node that still completes a job is not always shown as down
+        return scene.run.attempts > attempt or "down" in slurm(*shown)
+
     try:
-        wait_for(lambda: "down" in slurm(*shown), 120, f"{node} to be lost")
+        wait_for(lost, 120, f"{node} to be lost")
     except TimeoutError as error:
-        raise UnnoticedError(str(error)) from None
+        log = (slurm_cluster.STATE / "slurmctld.log").read_text().splitlines()[-5:]
+        raise UnnoticedError(f"{error}: it is {slurm(*shown).split()}; {log}") from None
 
 
 def controller_down(scene: Scene) -> None:
