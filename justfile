@@ -61,11 +61,9 @@ types: install
 # What CI checks before the tests
 check: lint types
 
-# Time one optimisation step, one launch, and what it costs to be able to continue
-bench: install
-    {{bin}}/python -m benchmarks.step --experiment tms_5-2
-    {{bin}}/python -m benchmarks.launch --tasks 100 --dry
-    {{bin}}/python -m benchmarks.overhead --experiment resid_mlp2
+# Time the steps of four experiments against the plain formulas, and against the last time
+bench *args: install
+    {{bin}}/python -m benchmarks.table "$@"
 
 # Redraw the picture of docs/ from a real run
 docs run: install

@@ -81,12 +81,12 @@ def measure(
     model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
     optimizer, d = build_optimizer(config, model), Decomposition(config, model, dist, data)
     for step in range(N_WARMUP):
-        optimisation_step(d, optimizer, step, lambda _ci: None)
+        optimisation_step(d, optimizer, step, step, lambda _ci: None)
     seconds = []
     for step in range(N_WARMUP, N_WARMUP + steps):
         _synchronise(dist)
         started = time.perf_counter()
-        optimisation_step(d, optimizer, step, lambda _ci: None)
+        optimisation_step(d, optimizer, step, step, lambda _ci: None)
         _synchronise(dist)
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds)

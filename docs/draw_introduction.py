@@ -24,11 +24,11 @@ MODULE = "linear1"
 def main(run: Path) -> None:
     run_dir = RunDir(run)
     config = load_config(run_dir.config_file)
-    dist = distributed.init(0, 1, 0, "localhost", 0, "cpu")
+    dist = distributed.init(0, 1, 0, "", "cpu")
     model = build_model(config, run_dir.targets, dist, Console(quiet=True))
     load_model(newest_valid_checkpoint(run_dir)[0], model)
     components = model.components[MODULE]
-    ci = single_feature_ci(model, n_features(config), dist.device)[MODULE]
+    ci = single_feature_ci(model, n_features(config))[MODULE]
     alive = [int(c) for c in ci.max(0).values.gt(0.1).nonzero()[:, 0]]
     with torch.no_grad():
         # What subcomponent c writes for the feature that it reads most.

@@ -12,6 +12,7 @@ of the positions of the run's own evaluation data. Writes summary.json and pictu
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ from spd_analysis.launches import analysis_folder, rewritten, with_checkpoints
 from spd_analysis.summary import short_names
 from spd_core import distributed
 from spd_core.component_model import ComponentModel
+from spd_core.data.batches import Decomposition, evaluation_batch
 from spd_core.distributed import Dist
-from spd_core.evaluate import Evaluation
 from spd_core.load import LoadedRun, load_run
 from spd_core.metrics import Sums, add
 from spd_core.metrics.ci import component_sums
@@ -121,10 +122,10 @@ def activation_densities(
 
     On the first batches of the run's own evaluation data.
     """
-    at, sums = Evaluation(run.config, run.model.to(dist.device), dist, data, 1.0, {}), Sums()
-    with at.autocast():
+    d, sums = Decomposition(run.config, run.model.to(dist.device), dist, data), Sums()
+    with d.autocast():
         for i in range(n_batches):
-            counts = component_sums(at.batch(i, "eval").ci, importance)
+            counts = component_sums(evaluation_batch(d, i, "eval").ci, importance)
             add(sums, {name: count.double().cpu() for name, count in counts.items()})
     return {name: count[:-1] / count[-1] for name, count in sums.items()}
 
@@ -338,9 +339,13 @@ def main() -> int:
         draw_modules(summary, new / "modules.png")
     print_summary(summary, console)
     console.print(f"wrote {folder}", soft_wrap=True, highlight=False)
-    console.print(f"next: look at {folder / 'similarity.png'}, or write all of it into one page: "
-                  f"python -m spd_analysis.report {' '.join(arguments.runs)}",
-                  soft_wrap=True, highlight=False)  # fmt: skip
+    page = ""
+    if len(arguments.runs) == 1:  # a launch, whose report shows this too
+        launch = shlex.quote(arguments.runs[0])
+        page = f", or put all on one page: python -m spd_analysis.report {launch}"
+    console.print(
+        f"next: look at {folder / 'similarity.png'}{page}", soft_wrap=True, highlight=False
+    )
     return 0
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -206,10 +207,11 @@ def _evaluate_all(arguments: argparse.Namespace, dist: Dist, console: Console) -
     for run_dir in runs:
         written = run_dir.path / "evals" / f"{arguments.name}.json"
         console.print(f"wrote {written}", soft_wrap=True, highlight=False)
-    console.print(
-        f"next: python -m spd_analysis.report {' '.join(arguments.runs)}  (one page with all of "
-        "it)", soft_wrap=True, highlight=False,
-    )  # fmt: skip
+    for reference in arguments.runs:
+        console.print(
+            f"next: python -m spd_analysis.report {shlex.quote(reference)}  (one page with all "
+            "of it)", soft_wrap=True, highlight=False,
+        )  # fmt: skip
     return 0
 
 

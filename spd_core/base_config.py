@@ -14,10 +14,9 @@ class BaseConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class CustomConfig(BaseConfig):
+class CustomConfig(BaseConfig, extra="allow"):
     """A part of the user's own: whatever stands at `path`, with options that it declares itself."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     path: str = Field(pattern=r"^\w+(\.\w+)+$", description="import path, my_package.my_part")
 
 

@@ -48,7 +48,9 @@ def save_checkpoint(
         save_file(state, new / "state.safetensors", {"format": FORMAT})
         meta = {"step": step, "sha256": _sha256(new / "state.safetensors")}
         (new / "meta.json").write_text(json.dumps(meta))
-    for old in checkpoint_steps(run_dir)[: -options.keep]:
+    # Where a run was stopped is no reason to drop a planned one: rewinds go there.
+    due = [s for s in checkpoint_steps(run_dir) if s % options.every_steps == 0 or s == step]
+    for old in {*checkpoint_steps(run_dir)} - {*due[-options.keep :]}:
         if options.keep_every is None or old % options.keep_every:
             shutil.rmtree(run_dir.checkpoints / f"step_{old}")
     for leftover in run_dir.checkpoints.glob(".step_*"):

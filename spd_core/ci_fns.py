@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spd_core import native
 from spd_core.components import LinearComponents
 from spd_core.config import AnyCiFnConfig, CiFnConfig, CustomCiFnConfig
 from spd_core.parts import load_part
@@ -23,11 +24,6 @@ class CausalImportance:
     lower: Float[Tensor, "... C"]
     upper: Float[Tensor, "... C"]
     pre_sigmoid: Float[Tensor, "... C"]
-
-    def at(self, rows: Int[Tensor, "n"]) -> "CausalImportance":
-        """Those of some examples, or of the same one several times."""
-        values = (self.lower, self.upper, self.pre_sigmoid)
-        return CausalImportance(*(value.index_select(0, rows) for value in values))
 
 
 class _LowerLeakyHard(torch.autograd.Function):
@@ -69,6 +65,8 @@ def apply_sigmoid(
     g = pre_sigmoid.to(torch.promote_types(pre_sigmoid.dtype, torch.float32))
     jittered = g if binomial_noise is None else 1.05 * g - 0.05 * binomial_noise
     match sigmoid:
+        case "leaky_hard" if binomial_noise is None and native.is_native(g):
+            return CausalImportance(*native.leaky_hard(g), g)
         case "leaky_hard":
             return CausalImportance(lower_leaky_hard(jittered), upper_leaky_hard(g), g)
         case "normal":
@@ -113,7 +111,11 @@ class CiFn(nn.Module):
             case "mlp":
                 assert inner_acts is not None
                 *positions, C = inner_acts.shape
-                h = inner_acts.reshape(-1, C).T.unsqueeze(1)
+                x = inner_acts.reshape(-1, C)
+                if len(inner) == 1 and native.is_native(x):
+                    g = native.scalar_mlps(x, *inner[0], last_weight, last_bias)
+                    return g.view(inner_acts.shape)
+                h = x.T.unsqueeze(1)
             case "vector_mlp":
                 *positions, d_in = x.shape
                 h = x.reshape(-1, d_in).T.expand(len(self.weights[0]), -1, -1)
@@ -122,13 +124,7 @@ class CiFn(nn.Module):
                     x = F.gelu(F.linear(x, weight[0], bias[0, :, 0]))
                 return F.linear(x, last_weight[0], last_bias[0, :, 0])
         for weight, bias in inner:
-            if weight.shape[-1] == 1:
-                # The bias rides as the weight of a second input of ones: one matmul forward, and
-                # its backward reduces over the batch in matmuls instead of broadcast products.
-                h = torch.bmm(torch.cat([weight, bias], 2), torch.cat([h, torch.ones_like(h)], 1))
-            else:
-                h = torch.baddbmm(bias, weight, h)
-            h = F.gelu(h)
+            h = F.gelu(torch.baddbmm(bias, weight, h))
         g = torch.baddbmm(last_bias, last_weight, h).flatten(0, 1)
         return g.T.reshape(*positions, len(g))
 
@@ -143,13 +139,11 @@ def make_ci_fn(
             cannot be used.
     """
     d_in, C = components.V.shape
-    match config:
-        case CustomCiFnConfig():
-            return load_part("decompose.ci_fn", config, "ci_fn")(C, d_in, generator)
-        case CiFnConfig(kind=kind):
-            if components.takes_tokens and kind != "mlp":
-                raise ValueError(
-                    f"decompose.ci_fn.kind={kind}: {path!r} is an embedding, whose input is no "
-                    "vector; use kind=mlp, or leave it out of decompose.modules"
-                )
-            return CiFn(config, C, d_in, generator)
+    if isinstance(config, CustomCiFnConfig):
+        return load_part("decompose.ci_fn", config, "ci_fn")(C, d_in, generator)
+    if components.takes_tokens and config.kind != "mlp":
+        raise ValueError(
+            f"decompose.ci_fn.kind={config.kind}: {path!r} is an embedding, whose input is no "
+            "vector; use kind=mlp, or leave it out of decompose.modules"
+        )
+    return CiFn(config, C, d_in, generator)

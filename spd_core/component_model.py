@@ -15,6 +15,7 @@ from spd_core.ci_fns import CausalImportance, apply_sigmoid, make_ci_fn
 from spd_core.components import Identity, LinearComponents, check_decomposable, is_decomposable, tie
 from spd_core.config import DecomposeConfig
 from spd_core.randomness import BatchStream, stream
+from spd_core.targets.select import select_output
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class ComponentModel(nn.Module):
             inputs[name], versions[name] = x, x._version
 
         with self._hooks(self.components, keep):
-            out = _select(self.target(batch), self.output)
+            out = select_output(self.target(batch), self.output)
         for name in self.components:
             if name not in inputs:
                 raise _refusal(name, "is never called (its weight is read directly, or is unused)")
@@ -208,36 +209,27 @@ class ComponentModel(nn.Module):
             return torch.where(info.route.unsqueeze(-1), masked, out)
 
         with self._hooks(masks if cache is None else self.components, put_in):
-            return _select(self.target(batch), self.output)
-
-    def own_acts(
-        self, inputs: dict[str, Float[Tensor, "... d_in"]]
-    ) -> dict[str, Float[Tensor, "... C"]]:
-        """x V on the target's own inputs, of the modules where that is needed more than once."""
-        first = next(iter(inputs.values()))
-        by_ci_fn = self.config.ci_fn.kind in ("mlp", "custom")
-        return {
-            name: self.components[name].inner_acts(x)
-            for name, x in inputs.items()
-            if by_ci_fn or x is first
-        }
+            return select_output(self.target(batch), self.output)
 
     def causal_importances(
-        self,
-        inputs: dict[str, Float[Tensor, "... d_in"]],
-        own_acts: dict[str, Float[Tensor, "... C"]],
-        noise: BatchStream | None,
-    ) -> dict[str, CausalImportance]:
-        """Causal importances of every module; `noise` jitters them under binomial sampling."""
-        result = {}
+        self, inputs: dict[str, Float[Tensor, "... d_in"]], noise: BatchStream | None
+    ) -> tuple[dict[str, CausalImportance], dict[str, Float[Tensor, "... C"]]]:
+        """Causal importances of every module, and x V of those where it is needed once more.
+
+        `inputs` are the target's own; `noise` jitters under binomial sampling.
+        """
+        result, own_acts = {}, {}
+        first = next(iter(inputs.values()))
         for name, x in inputs.items():
+            if self.config.ci_fn.kind in ("mlp", "custom") or x is first:
+                own_acts[name] = self.components[name].inner_acts(x)
             x = x.to(self.components[name].V.dtype) if x.is_floating_point() else x
             g = self.ci_fns[name](x, own_acts.get(name))
             jitter = None
             if self.config.sampling == "binomial" and noise is not None:
                 jitter = noise.uniform(*g.shape[1:])
             result[name] = apply_sigmoid(g, self.config.sigmoid, jitter)
-        return result
+        return result, own_acts
 
     @contextmanager
     def _hooks(
@@ -260,22 +252,3 @@ class ComponentModel(nn.Module):
 def _refusal(name: str, why: str) -> ValueError:
     """Masks cannot follow what this module does in the target's forward pass."""
     return ValueError(f"decompose.modules: {name!r} {why}; leave it out")
-
-
-def _select(raw: Any, output: str | int | None) -> Float[Tensor, "batch ..."]:
-    """The tensor to reconstruct, in what the target returned."""
-    if isinstance(raw, Tensor) and output is None:
-        return raw
-    fields: dict[Any, Any] = {}
-    if isinstance(raw, list | tuple):
-        fields = dict(enumerate(raw))
-        output = output + len(raw) if isinstance(output, int) and output < 0 else output
-    fields |= raw if isinstance(raw, dict) else getattr(raw, "__dict__", {})
-    fields |= {name: getattr(raw, name) for name in getattr(raw, "_fields", ())}
-    if output in fields and isinstance(fields[output], Tensor):
-        return fields[output]
-    names = ", ".join(map(str, fields)) or "no fields"
-    raise ValueError(
-        f"target.output={output}: the target returns a {type(raw).__name__} with {names}; name the "
-        "attribute or index of the tensor to reconstruct, or null where it returns a tensor"
-    )

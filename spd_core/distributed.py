@@ -3,8 +3,7 @@
 Convention for losses: each rank returns its (sum, count); the value is sum over ranks divided by
 count over ranks, and gradients are SUMMED over ranks.
 
-A rank that fails leaves the others waiting in a collective: who started them ends them, as
-`spd_launch.peers` does.
+A rank that fails leaves the others waiting; who started them ends them (`spd_launch.peers`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as torch_dist
-from jaxtyping import Float
 from torch import Tensor
 
 
@@ -77,17 +75,6 @@ def over_ranks(
     flat = all_reduce(op, torch.cat([part.flatten() for part in parts.values()]), dist)
     pieces = flat.split([part.numel() for part in parts.values()])
     return {n: t.clone().view_as(p) for (n, p), t in zip(parts.items(), pieces, strict=True)}
-
-
-def all_sum_with_grad(tensor: Float[Tensor, "..."], dist: Dist) -> Float[Tensor, "..."]:
-    """Sum over ranks whose gradient reaches this rank's part.
-
-    The gradient is scaled by world_size because a value that is whole on every rank is divided by
-    the summed count (see the convention above).
-    """
-    if dist.world_size == 1:
-        return tensor
-    return all_reduce("sum", tensor, dist) + dist.world_size * (tensor - tensor.detach())
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], dist: Dist) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,21 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.config import metrics as options
-from spd_core.config.losses import LossConfig
-from spd_core.data.batches import Batch, Decomposition, make_batch, n_features
+from spd_core.config.losses import LossConfig, LossNames
+from spd_core.data.batches import Batch, Batches, Decomposition, evaluation_batch, n_features
 from spd_core.distributed import over_ranks, synchronise
 from spd_core.losses import loss_parts, prepare_step
-from spd_core.losses.distance import LossParts
-from spd_core.losses.pgd import pgd_recon, worst_sources
 from spd_core.metrics import Sums, add, ci, matching, means, outputs
 from spd_core.metrics.solutions import identity_ci_error, mmcs_ml2r, single_feature_ci
 from spd_core.parts import load_part
-from spd_core.randomness import StepRandomness
 
 
 def due_metrics(config: RunConfig, step: int) -> dict[str, options.MetricConfig]:
@@ -69,10 +65,10 @@ def evaluate(
     with d.autocast():
         for i in range(d.config.eval.steps):
             with timed("batches"):
-                batch = at.batch(i, "eval")
+                batch = evaluation_batch(d, i, "eval")
             for name, metric in metrics.items():
                 with timed(name):
-                    add(sums[name], _sums(name, metric, at, batch))
+                    add(sums[name], _sums(name, metric, at, batch, i))
         for name, metric in metrics.items():
             with timed(name):
                 total = over_ranks("sum", {k: s.double() for k, s in sums[name].items()}, dist)
@@ -81,7 +77,7 @@ def evaluate(
                         if dist.is_main:
                             _draw(name, metric, at, total, figures / f"{name}.png")
                     case _:
-                        result |= _under("eval", _values(name, metric, at, total))
+                        result |= _under("eval", means(total))
     for name, seconds in {**cost, "total": sum(cost.values())}.items():
         result[f"eval_cost/seconds/{name}"] = seconds
         result[f"eval_cost/steps/{name}"] = seconds / step_s
@@ -133,84 +129,65 @@ class Evaluation(Decomposition):
     position: float
     positions_ago: ci.PositionsAgo
 
-    def batch(self, i: int, purpose: str) -> Batch:
-        """Batch i of an evaluation; each evaluation sees the same ones, so that values compare."""
-        rank, n_ranks, device = self.dist.rank, self.dist.world_size, self.dist.device
-        seed, size = self.config.seed, self.config.eval.batch_size
-        randomness = StepRandomness(seed, i, rank, n_ranks, size, device, phase="eval")
-        return make_batch(self, randomness, purpose)
+    def losses(self, losses: Mapping[str, LossConfig], batches: Batches, n: int) -> Sums:
+        """Losses of n batches as those of one step, of which each is a part."""
+        step, sums = prepare_step(self, losses, batches, n, self.position), Sums()
+        for batch in batches():
+            parts = {name: loss_parts(name, o, batch, step) for name, o in losses.items()}
+            add(sums, self.pairs(parts))
+        return sums
 
-    def losses(self, losses: dict[str, LossConfig], batch: Batch) -> Sums:
-        step = prepare_step(self, losses, lambda: [batch], 1, self.position)
-        return self.pairs({n: loss_parts(n, loss, batch, step) for n, loss in losses.items()})
-
-    def pairs(self, parts: dict[str, LossParts]) -> Sums:
+    def pairs(self, parts: Mapping[str, tuple[Any, float]]) -> Sums:
         """(sum, count) in double; a metric of the user's own may give plain numbers."""
         double = partial(torch.as_tensor, dtype=torch.float64, device=self.dist.device)
         return {name: torch.stack([double(s), double(n)]) for name, (s, n) in parts.items()}
 
-    def single_feature_ci(self) -> dict[str, Tensor]:
-        return single_feature_ci(self.model, n_features(self.config), self.dist.device)
 
-    def multibatch_pgd(self, name: str, search: options.PGDMultibatchConfig) -> dict[str, float]:
-        """Mean distance under the worst sources that many batches share, one batch in memory."""
+def _sums(name: str, o: Any, at: Evaluation, batch: Batch, i: int) -> Sums:
+    """What batch i adds to a metric or figure with the options `o`.
 
-        def batches() -> Iterator[Batch]:
-            return (self.batch(i, name) for i in range(search.n_batches))
-
-        sources = worst_sources(self.model, batches, search, search.routing, name, self.dist)
-        sums: Sums = {}
-        for batch in batches():
-            parts = pgd_recon(self.model, batch, sources, search.routing, name)
-            add(sums, self.pairs({name: parts}))
-        return means(over_ranks("sum", sums, self.dist))
-
-
-def _sums(name: str, o: Any, at: Evaluation, batch: Batch) -> Sums:
-    """What one batch adds to a metric or figure with the options `o`."""
+    A metric without need of a batch is measured with the first, and counts once.
+    """
     match name:
         case "losses":
-            return _under("loss", at.losses(at.config.losses.configured(), batch))
+            return _under("loss", at.losses(at.config.losses.configured(), lambda: [batch], 1))
         case "ci_l0":
             return ci.l0_sums(batch.ci, o)
         case "ce_and_kl":
             return _under(name, outputs.ce_and_kl_sums(at.model, batch, o.rounding_threshold))
         case "stochastic_recon_subset_ce_and_kl":
             return _under(name, outputs.subset_ce_and_kl_sums(at.model, batch, o.subsets))
+        case "alive_components" if i == 0:
+            alive = ci.n_alive(at.positions_ago, o, at.dist)
+            return _under(name, at.pairs({module: (n, 1) for module, n in alive.items()}))
+        case "identity_ci_error" if i == 0:
+            ci_of = single_feature_ci(at.model, n_features(at.config))
+            errors = {m: identity_ci_error(ci_of[m], p, o.tolerance) for m, p in o.modules.items()}
+            return _under(name, at.pairs({module: (n, 1) for module, n in errors.items()}))
+        case "mmcs_ml2r" if i == 0:
+            pairs = {}
+            for module, side in o.modules.items():
+                mmcs, ml2r = mmcs_ml2r(at.model.components[module], side)
+                pairs |= {f"mmcs/{module}": (mmcs, 1), f"ml2r/{module}": (ml2r, 1)}
+            return at.pairs(pairs)
+        case "pgd_multibatch_recon" if i == 0:
+            n = o.n_batches
+            return at.losses(
+                {name: o}, lambda: (evaluation_batch(at, k, name) for k in range(n)), n
+            )
         case "ci_histograms":
             return ci.histogram_sums(batch.ci)
         case "component_activation_density":
             return ci.component_sums(batch.ci, o.threshold)
         case "ci_mean_per_component" | "uv_plots":
             return ci.component_sums(batch.ci, threshold=None)
-        case _ if isinstance(o, LossConfig):
-            return at.losses({name: o}, batch)
+        case _ if name in LossNames.model_fields:
+            return at.losses({name: o}, lambda: [batch], 1)
         case _ if isinstance(o, options.CustomMetricConfig) and o.kind == "metric":
             part = load_part(f"eval.metrics.{name}", o, "metric")
             return _under(name, at.pairs(part(at.model, batch)))
         case _:
             return {}
-
-
-def _values(name: str, o: Any, at: Evaluation, sums: Sums) -> dict[str, float]:
-    """A metric's values from the sums of all batches and ranks, or from the model alone."""
-    match name:
-        case "alive_components":
-            return _under(name, ci.n_alive(at.positions_ago, o, at.dist))
-        case "identity_ci_error":
-            ci_of = at.single_feature_ci()
-            errors = {m: identity_ci_error(ci_of[m], p, o.tolerance) for m, p in o.modules.items()}
-            return _under(name, errors)
-        case "mmcs_ml2r":
-            values = {}
-            for module, side in o.modules.items():
-                mmcs, ml2r = mmcs_ml2r(at.model.components[module], side)
-                values |= {f"mmcs/{module}": mmcs, f"ml2r/{module}": ml2r}
-            return values
-        case "pgd_multibatch_recon":
-            return at.multibatch_pgd(name, o)
-        case _:
-            return means(sums)
 
 
 def _draw(name: str, o: Any, at: Evaluation, sums: Sums, file: Path) -> None:
@@ -228,10 +205,10 @@ def _draw(name: str, o: Any, at: Evaluation, sums: Sums, file: Path) -> None:
             order = {n: s[:-1].argsort(descending=True).tolist() for n, s in sums.items()}
             figure = figures.uv(at.model.components, order)
         case "permuted_ci_plots":
-            figure = figures.permuted_ci(at.single_feature_ci())
+            figure = figures.permuted_ci(single_feature_ci(at.model, n_features(at.config)))
         case _:
             part = load_part(f"eval.metrics.{name}", o, "figure")
-            figure = part(at.model, at.batch(0, "eval"))
+            figure = part(at.model, evaluation_batch(at, 0, "eval"))
     figures.save(figure, file)
 
 

@@ -1,17 +1,14 @@
 """Which modules run on their components, at which positions, under which masks."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel, MaskInfo
-from spd_core.config.losses import StaticProbabilityConfig, UniformKSubsetConfig
+from spd_core.config.losses import Routing, StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
 
-Routing = Literal["all", "layerwise"] | UniformKSubsetConfig | StaticProbabilityConfig
 Routes = dict[str, Bool[Tensor, "..."] | None]
 """True where a module runs on its components; None = everywhere. Modules left out never do."""
 

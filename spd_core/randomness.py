@@ -45,7 +45,9 @@ class BatchStream:
         )
 
     def _draw(self, one_shard: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        return torch.cat([one_shard(n, generator) for generator, n in self.shards])[self.rows]
+        drawn = torch.cat([one_shard(n, generator) for generator, n in self.shards])
+        rows = self.rows
+        return drawn[rows] if isinstance(rows, slice) else drawn.index_select(0, rows)
 
 
 @dataclass(frozen=True)

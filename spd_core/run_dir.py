@@ -18,6 +18,7 @@ class RunDir:
         self.config_file = path / "config.yaml"
         self.status_file = path / "status.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.rewinds_file = path / "rewinds.json"
         self.env_file = path / "env.json"
         self.report_file = path / "report.html"
         self.figures = path / "figures"

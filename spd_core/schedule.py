@@ -6,12 +6,14 @@ from spd_core.base_config import ScheduleConfig
 from spd_core.config.losses import ImportanceMinimalityConfig
 
 
-def schedule_value(schedule: ScheduleConfig, step: int, steps: int) -> float:
+def schedule_value(schedule: ScheduleConfig | float, step: int, steps: int) -> float:
     """The value at `step` of 0..steps-1; of more steps than one, the last has `end` exactly.
 
     Warm-up rises linearly from 0; cosine is the half period
     end + (start - end) (1 + cos(pi t)) / 2 over what remains.
     """
+    if not isinstance(schedule, ScheduleConfig):
+        return schedule
     n_warmup = min(round(schedule.warmup_fraction * steps), steps - 1)
     if step < n_warmup:
         return schedule.start * step / n_warmup
@@ -23,10 +25,6 @@ def schedule_value(schedule: ScheduleConfig, step: int, steps: int) -> float:
             return schedule.start + (schedule.end - schedule.start) * t
         case "cosine":
             return schedule.end + (schedule.start - schedule.end) * (1 + math.cos(math.pi * t)) / 2
-
-
-def coefficient(coeff: float | ScheduleConfig, step: int, steps: int) -> float:
-    return schedule_value(coeff, step, steps) if isinstance(coeff, ScheduleConfig) else coeff
 
 
 def annealed_p(config: ImportanceMinimalityConfig, position: float) -> float:

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from spd_core import distributed
-from spd_core.ci_fns import CausalImportance
 from spd_core.config import RunConfig
 from spd_core.config.losses import ImportanceMinimalityConfig
-from spd_core.data.batches import Batches, Decomposition, training_batches
+from spd_core.data.batches import Batch, Batches, Decomposition, training_batches
 from spd_core.losses import loss_parts, prepare_step
-from spd_core.schedule import annealed_p, coefficient, schedule_value
+from spd_core.schedule import annealed_p, schedule_value
 
-ObserveCi = Callable[[dict[str, CausalImportance]], None]
+Observe = Callable[[Batch], None]
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,22 @@ class StepResult:
 
 
 def optimisation_step(
-    d: Decomposition, optimizer: torch.optim.AdamW, step: int, observe: ObserveCi
+    d: Decomposition, optimizer: torch.optim.AdamW, step: int, draw: int, observe: Observe
 ) -> StepResult:
-    """Step number `step` (0-based); `observe` sees the importances of every microbatch.
+    """Step number `step` (0-based); `observe` sees every microbatch.
 
+    `draw` is the number that its batch and masks are drawn by: `step`, unless others are wanted.
     Losses are over all ranks and microbatches, norms over the whole gradient before clipping.
     """
     optimizer.zero_grad(set_to_none=True)
     with d.autocast():
-        batches, n_micro = training_batches(d, step)
+        batches, n_micro = training_batches(d, draw)
     losses, n_positions = accumulate_gradients(d, batches, n_micro, step, observe)
     distributed.sum_gradients(d.model.trained_parameters().values(), d.dist)
-    train, clip = d.config.train, d.config.train.grad_clip
-    norms = {
-        "components": _clip(d.model.component_parameters(), clip.components),
-        "ci_fns": _clip(d.model.ci_fn_parameters(), clip.ci_fns),
+    train, clip, inf = d.config.train, d.config.train.grad_clip, float("inf")
+    norms = {  # before clipping, which is in place
+        "components": clip_grad_norm_(d.model.component_parameters(), clip.components or inf),
+        "ci_fns": clip_grad_norm_(d.model.ci_fn_parameters(), clip.ci_fns or inf),
     }
     for group in optimizer.param_groups:
         group["lr"] = schedule_value(train.lr, step, train.steps)
@@ -61,7 +62,7 @@ def optimisation_step(
 
 
 def accumulate_gradients(
-    d: Decomposition, batches: Batches, n_micro: int, step: int, observe: ObserveCi
+    d: Decomposition, batches: Batches, n_micro: int, step: int, observe: Observe
 ) -> tuple[dict[str, Float[Tensor, ""]], int]:
     """Add this rank's gradient of the weighted losses to `.grad`.
 
@@ -79,7 +80,7 @@ def accumulate_gradients(
     for _ in range(n_micro):
         with d.autocast():
             batch = next(parts_of_batch)
-            observe(batch.ci)
+            observe(batch)
             parts = {n: loss_parts(n, loss, batch, whole) for n, loss in losses.items()}
         for name, (_, count) in parts.items():
             if counts.setdefault(name, count) != count:
@@ -101,7 +102,7 @@ def accumulate_gradients(
 def coefficients(config: RunConfig, step: int) -> dict[str, float]:
     """The weight of every loss at a step (0-based)."""
     return {
-        name: coefficient(loss.coeff, step, config.train.steps)
+        name: schedule_value(loss.coeff, step, config.train.steps)
         for name, loss in config.losses.configured().items()
     }
 
@@ -109,15 +110,9 @@ def coefficients(config: RunConfig, step: int) -> dict[str, float]:
 def schedules(config: RunConfig, step: int) -> dict[str, float]:
     """Everything that changes over training by plan, by its name in metrics.jsonl."""
     values = {"schedule/lr": schedule_value(config.train.lr, step, config.train.steps)}
-    coeffs = coefficients(config, step)
     for name, loss in config.losses.configured().items():
         if not isinstance(loss.coeff, float):
-            values[f"schedule/coeff/{name}"] = coeffs[name]
+            values[f"schedule/coeff/{name}"] = schedule_value(loss.coeff, step, config.train.steps)
         if isinstance(loss, ImportanceMinimalityConfig):
             values[f"schedule/p/{name}"] = annealed_p(loss, step / config.train.steps)
     return values
-
-
-def _clip(parameters: list[nn.Parameter], max_norm: float | None) -> Float[Tensor, ""]:
-    """Clip in place and return the norm before clipping."""
-    return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)

@@ -1,5 +1,7 @@
 """The training loop: from a config to a trained decomposition."""
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,22 +13,21 @@ import torch
 from rich.console import Console
 
 from spd_core import checkpoint, distributed
-from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
-from spd_core.data.batches import Decomposition
-from spd_core.data.start import start_from_examples
+from spd_core.data.batches import Batch, Decomposition
+from spd_core.data.start import start_components
 from spd_core.distributed import Dist, over_ranks
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
-from spd_core.losses.distance import faithfulness
 from spd_core.metrics import Sums, add, means
 from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
 from spd_core.parts import check_parts
-from spd_core.run_dir import RunDir, append_metrics, truncate_metrics
+from spd_core.run_dir import RunDir, append_metrics, truncate_metrics, write_atomic
 from spd_core.step import optimisation_step, schedules
 from spd_core.targets.train_target import load_or_train_target
 
 AfterStep = Callable[[int, dict[str, float]], bool]
+MAX_REWINDS = 3  # to one checkpoint
 
 
 def build_model(config: RunConfig, targets: Path, dist: Dist, console: Console) -> ComponentModel:
@@ -55,6 +56,7 @@ class Training(Decomposition):
 
     optimizer: torch.optim.AdamW
     positions_ago: PositionsAgo
+    rewinds: list[int]  # of the run to each planned checkpoint, the first being step 0
 
 
 def train(
@@ -68,86 +70,75 @@ def train(
 
     Raises:
         ValueError: the config does not fit the target.
-        FloatingPointError: a loss is not finite at a logged step.
+        FloatingPointError: a loss is not finite, and `train.on_nan` or `MAX_REWINDS` ends the run.
     """
-    console = Console(quiet=not dist.is_main)
     check_parts(config)
-    model = build_model(config, run_dir.targets, dist, console)
-    check_metrics(config, model)
-    ago = never_important(config.eval.metrics.alive_components, model)
-    t = Training(config, model, dist, run_dir.data, build_optimizer(config, model), ago)
-    first = _start(t, run_dir, console)
-    if dist.is_main:
-        truncate_metrics(run_dir, first)
-    with ThreadPoolExecutor(1) as writer:
-        outcome = _loop(t, run_dir, writer, first, after_step)
+    outcome = "rewind"
+    while outcome == "rewind":
+        with ThreadPoolExecutor(1) as writer:
+            outcome = _loop(*_start(config, run_dir, dist), run_dir, writer, after_step)
     distributed.barrier(dist)  # the last checkpoint is whole for all
     return outcome
 
 
-def _start(t: Training, run_dir: RunDir, console: Console) -> int:
-    """Continue from the newest valid checkpoint, else start with the faithfulness warm-up.
+def _start(config: RunConfig, run_dir: RunDir, dist: Dist) -> tuple[Training, int]:
+    """Continue from the newest valid checkpoint, else start; returns the steps done as well.
 
-    Returns the number of steps done. What rank 0 found holds for all: a slow network file system
-    may show others something else.
+    What rank 0 found holds for all: a slow network file system may show others something else.
     """
-    newest = torch.tensor(0, device=t.dist.device)
-    if t.dist.is_main:
-        found, damaged = checkpoint.newest_valid_step(run_dir)
-        newest.fill_(found)
+    console = Console(quiet=not dist.is_main)
+    model = build_model(config, run_dir.targets, dist, console)
+    check_metrics(config, model)
+    optimizer = build_optimizer(config, model)
+    ago = never_important(config.eval.metrics.alive_components, model)
+    n_planned = config.train.steps // config.checkpoint.every_steps
+    found = torch.zeros(2 + n_planned, dtype=torch.int, device=dist.device)
+    if dist.is_main:
+        found[0], damaged = checkpoint.newest_valid_step(run_dir)
         for folder, problem in damaged.items():
             console.print(f"[yellow]{problem}: set aside", soft_wrap=True)
             checkpoint.set_aside(folder)
-    distributed.broadcast(newest, t.dist)
-    step = int(newest)
+        if run_dir.rewinds_file.exists():
+            found[1:] = torch.tensor(json.loads(run_dir.rewinds_file.read_text()))
+        truncate_metrics(run_dir, int(found[0]))
+    distributed.broadcast(found, dist)
+    step, *rewinds = found.tolist()
+    t = Training(config, model, dist, run_dir.data, optimizer, ago, rewinds)
     if step == 0:
-        if t.config.decompose.start == "examples":
-            start_from_examples(t)
-        faithfulness_warm_up(t.config, t.model)
+        start_components(t)
     else:
         folder = run_dir.checkpoints / f"step_{step}"
-        extra = checkpoint.load_checkpoint(folder, t.model, t.optimizer)
-        for key in t.positions_ago.keys() & extra.keys():  # none if the metric was off until now
-            t.positions_ago[key].copy_(extra[key])
+        extra = checkpoint.load_checkpoint(folder, model, optimizer)
+        for key in ago.keys() & extra.keys():  # none if the metric was off until now
+            ago[key].copy_(extra[key])
         console.print(f"continuing from step {step} ({folder})", soft_wrap=True)
-    state = [*t.positions_ago.values()]
-    for parameter in t.model.trained_parameters().values():
-        state += [parameter.data, *t.optimizer.state[parameter].values()]
-    for tensor in state:
-        distributed.broadcast(tensor, t.dist)
-    return step
-
-
-def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
-    """Fit V U to the target weights before training; the same arithmetic on every rank."""
-    parameters, warmup = model.component_parameters(), config.train.faithfulness_warmup
-    optimizer = torch.optim.AdamW(parameters, warmup.lr, weight_decay=warmup.weight_decay)
-    for _ in range(warmup.steps):
-        sum_, count = faithfulness(model.components)
-        optimizer.zero_grad(set_to_none=True)
-        (sum_ / count).backward()
-        optimizer.step()
+    parameters = [parameter.data for parameter in model.trained_parameters().values()]
+    moments = [moment for of_one in optimizer.state.values() for moment in of_one.values()]
+    for tensor in [*ago.values(), *parameters, *moments]:
+        distributed.broadcast(tensor, dist)
+    return t, step
 
 
 def _loop(
-    t: Training, run_dir: RunDir, writer: ThreadPoolExecutor, step: int, after_step: AfterStep
-) -> Literal["finished", "stopped"]:
+    t: Training, step: int, run_dir: RunDir, writer: ThreadPoolExecutor, after_step: AfterStep
+) -> Literal["finished", "stopped", "rewind"]:
     config, dist, steps = t.config, t.dist, t.config.train.steps
     alive, l0 = config.eval.metrics.alive_components, config.eval.metrics.ci_l0
     save, l0_of_step = checkpoint.save_checkpoint, Sums()
 
-    def observe(ci: dict[str, CausalImportance]) -> None:
+    def observe(batch: Batch) -> None:
         if alive is not None:
-            observe_alive(t.positions_ago, ci, alive, dist)
+            observe_alive(t.positions_ago, batch.ci, alive, dist)
         if l0 is not None and logged:
-            add(l0_of_step, l0_sums(ci, l0))
+            add(l0_of_step, l0_sums(batch.ci, l0))
 
-    writing, saving_s = writer.submit(lambda: None), 0.0
+    writing, saving_s, stopping = writer.submit(lambda: None), 0.0, False
     timed_from, started = step, time.perf_counter()
-    while step < steps:
+    while step < steps and not stopping:
         # ---- one optimisation step; from then on `step` counts the steps done
         logged = (step + 1) % config.track.log_every == 0 or step + 1 in (1, steps)
-        result = optimisation_step(t, t.optimizer, step, observe)
+        draw = step + steps * t.rewinds[step // config.checkpoint.every_steps]
+        result = optimisation_step(t, t.optimizer, step, draw, observe)
         step += 1
         due, values = due_metrics(config, step), dict[str, float]()
 
@@ -158,7 +149,8 @@ def _loop(
             if logged:
                 values = result.values() | means(over_ranks("sum", l0_of_step, dist))
                 l0_of_step.clear()
-                _check_finite(values, step, run_dir)
+                if _must_go_back(t, values, step, run_dir):
+                    return "rewind"
                 unit = "tokens" if result.n_positions > config.train.batch_size else "examples"
                 values[f"{unit}_per_s"] = result.n_positions / step_s
                 values["checkpoint_cost_s"], saving_s = saving_s, 0.0
@@ -171,7 +163,8 @@ def _loop(
         stopping = distributed.any_rank(after_step(step, values), dist)
         saving = stopping or step % config.checkpoint.every_steps == 0 or step == steps
         if saving:
-            _check_finite(result.values(), step, run_dir)
+            if _must_go_back(t, result.values(), step, run_dir):
+                return "rewind"
             began, extra = time.perf_counter(), over_ranks("min", t.positions_ago, dist)
             if dist.is_main:
                 writing.result()  # one after the other
@@ -182,18 +175,27 @@ def _loop(
             writing.result()  # what cannot be written ends the run
         if logged or due or saving:
             timed_from, started = step, time.perf_counter()
-        if stopping and step < steps:
-            return "stopped"
-    return "finished"
+    return "finished" if step == steps else "stopped"
 
 
-def _check_finite(values: dict[str, float], step: int, run_dir: RunDir) -> None:
-    if all(abs(value) < float("inf") for value in values.values()):
-        return
+def _must_go_back(t: Training, values: dict[str, float], step: int, run_dir: RunDir) -> bool:
+    """Whether a value is not finite, on any rank, and other batches may help.
+
+    From then on the run is a function of its seed and `rewinds.json`; what stops saved since goes.
+    """
+    finite = all(abs(value) < float("inf") for value in values.values())
+    if not distributed.any_rank(not finite, t.dist):
+        return False
     numbers = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-    saved = checkpoint.checkpoint_steps(run_dir)
-    raise FloatingPointError(
-        f"not finite at step {step}: {numbers}. The last checkpoint is "
-        f"{f'of step {saved[-1]}' if saved else 'still to come'}; "
-        "lower train.lr.start, or clip with train.grad_clip"
-    )
+    saved, every = checkpoint.checkpoint_steps(run_dir), t.config.checkpoint.every_steps
+    problem = f"not finite at step {step}: {numbers}; last checkpoints: {saved}"
+    planned = (step - 1) // every
+    if t.config.train.on_nan == "stop" or t.rewinds[planned] == MAX_REWINDS:
+        raise FloatingPointError(f"{problem}; lower train.lr.start, or clip with train.grad_clip")
+    t.rewinds[planned] += 1
+    if t.dist.is_main:
+        for of_stop in (s for s in saved if s > planned * every):
+            shutil.rmtree(run_dir.checkpoints / f"step_{of_stop}")
+        write_atomic(run_dir.rewinds_file, json.dumps(t.rewinds))
+        print(f"{problem}; back to step {planned * every}, and on with other batches", flush=True)
+    return True

@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   python -m spd_launch +experiment=tms_5-2 launch.dry_run=true        what would be done
   python -m spd_launch +experiment=tms_5-2 launch.goal=target         only train the target
   python -m spd_launch +experiment=tms_5-2 --cfg job                  the composed config
+  python -m spd_launch +pipeline=clustering run=RUN n=8               steps on a finished run
 
 afterwards:
   python -m spd_launch.status [LAUNCH]     python -m spd_launch.logs LAUNCH [TASK] [-f]
@@ -51,9 +52,13 @@ def main() -> int:
 
         print("\n".join(candidates(options.complete)))
         return 0
+    if any(argument.lstrip("+").startswith("pipeline=") for argument in options.overrides):
+        from spd_launch.pipeline import launch_pipeline
+
+        _say_cluster(any(o.startswith("cluster=") for o in options.overrides))
+        return launch_pipeline(options.overrides, start)
     composed = compose(options.overrides, options.multirun)
-    if any("cluster" not in run.overrides for run in composed):
-        print(f"cluster={default_cluster()}: {_why_default()}", file=sys.stderr)
+    _say_cluster(all("cluster" in run.overrides for run in composed))
     if options.cfg:
         return _show_config(composed)
     return launch(composed)
@@ -83,10 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _why_default() -> str:
+def _say_cluster(chosen: bool) -> None:
+    why = "sbatch is on the PATH, so it goes to Slurm (cluster=local runs here)"
     if default_cluster() == "local":
-        return "no sbatch on the PATH, so it runs here"
-    return "sbatch is on the PATH, so it goes to Slurm (cluster=local runs here)"
+        why = "no sbatch on the PATH, so it runs here"
+    if not chosen:
+        print(f"cluster={default_cluster()}: {why}", file=sys.stderr)
 
 
 def _show_config(composed: list[Composed]) -> int:

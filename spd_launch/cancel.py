@@ -44,8 +44,10 @@ def main() -> int:
             return 1
     lost = strangers(launch, in_queue) if wanted is None else []
     slurm_state.cancel_jobs(lost)
-    ledger.note_jobs(launch, "cancel", {row.row.name: row.job_id for row in live})
-    _end(launch, live)
+    try:
+        ledger.note_jobs(launch, "cancel", {row.row.name: row.job_id for row in live})
+    finally:  # also where the disk is full, which may be why they are cancelled
+        _end(launch, live)
     # Only now: a run that is being ended still saves, and says that it stopped.
     for row in observe(launch, [row.row for row in observed]):
         if not row.live and row.state not in ("finished", "failed"):

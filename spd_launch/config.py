@@ -1,8 +1,9 @@
 """The schema of what a user composes: a run, with where and how it is launched. Loads no torch."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field
 
 from spd_core.base_config import BaseConfig, Count, Positive
@@ -35,6 +36,22 @@ class ClusterConfig(BaseConfig):
     sbatch: dict[Option, Line | int | bool] = Field(description="further sbatch options")
 
 
+class PartsConfig(BaseConfig):
+    """A step that is several tasks for each run."""
+
+    n: Count = Field(description="members of an ensemble (seeds 0 to n - 1), or shards")
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="of the results, in the run's folder")
+    options: list[str] = Field(description="FIELD=VALUE of the command, such as alpha=0.5")
+
+
+class EvaluateConfig(BaseConfig):
+    """Of the step evaluate."""
+
+    checkpoints: Literal["last", "all"]
+    steps: Count | None = Field(description="batches of data; null = the run's eval.steps")
+    batch_size: Count | None = Field(description="null = the run's eval.batch_size")
+
+
 class LaunchConfig(BaseConfig):
     out_dir: Path
     name: str | None = Field(description="name of the launch; null = the sweep's or experiment's")
@@ -55,6 +72,17 @@ class LaunchConfig(BaseConfig):
     max_requeues: Annotated[int, Field(ge=0)]
     then: list[str] = Field(description="steps that follow the runs, in this order")
     then_needs: Literal["all", "any"] = Field(description="runs that steps of the launch need")
+    evaluate: EvaluateConfig
+    clustering: PartsConfig = Field(description="of the steps clustering, cluster_distances")
+    harvest: PartsConfig = Field(description="of the steps harvest, merge_harvest")
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """What steps are given (`spd_launch.steps`), as plain data."""
+        words = ["--all-steps"] if self.evaluate.checkpoints == "all" else []
+        sizes = {"--steps": self.evaluate.steps, "--batch-size": self.evaluate.batch_size}
+        words += [f"{option}={value}" for option, value in sizes.items() if value is not None]
+        parts = {name: getattr(self, name).model_dump() for name in ("clustering", "harvest")}
+        return {"evaluate": {"options": words}, **parts}
 
 
 class JobConfig(RunConfig):
@@ -67,6 +95,11 @@ class JobConfig(RunConfig):
 def run_config(job: JobConfig) -> RunConfig:
     """What is trained, alone: the same wherever and however it runs."""
     return RunConfig(**{name: getattr(job, name) for name in RunConfig.model_fields})
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # five times faster, where it is
+    return yaml.dump(config.model_dump(mode="json"), Dumper=dumper, sort_keys=False)
 
 
 def result_digest(job: JobConfig) -> str:

@@ -30,7 +30,7 @@ def show(plan: LaunchPlan) -> int:
         Row(t.index, t.run_id, t.overrides, t.after, t.goal, target_name(t.config), {})
         for t in plan.tasks
     ]
-    rows += step_rows(options.then, rows)
+    rows += step_rows(options.then, rows, options.parts())
     steps = [row for row in rows if row.goal in STEPS]
     tasks = plan.tasks + step_tasks(steps, {task.run_id: task.config for task in plan.tasks})
     n_sent = 0

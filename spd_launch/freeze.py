@@ -16,10 +16,9 @@ from typing import Any
 
 import yaml
 
-from spd_core.config import config_to_yaml
 from spd_core.run_dir import write_atomic
 from spd_core.targets.store import target_name
-from spd_launch.config import result_digest, run_config
+from spd_launch.config import config_to_yaml, result_digest, run_config
 from spd_launch.ledger import LaunchDir, flat, n_steps, pending, read_info, varying
 from spd_launch.plan import LaunchPlan, Task
 from spd_launch.snapshot import Snapshot
@@ -31,6 +30,7 @@ def record(launch: LaunchDir, plan: LaunchPlan, code: Snapshot, done: Sequence[s
     A run's folder says what is trained; where and how it runs stands in the launch's own. `done`
     are the ids of earlier runs that stand for those that were left out.
     """
+    options = plan.tasks[0].config.launch
     info = {
         "launch_id": plan.launch_id,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -43,12 +43,15 @@ def record(launch: LaunchDir, plan: LaunchPlan, code: Snapshot, done: Sequence[s
         "code": code.digest,
         "done": list(done),
         "kind": plan.cluster.kind,
-        "then": plan.tasks[0].config.launch.then,
-        "then_needs": plan.tasks[0].config.launch.then_needs,
+        "then": options.then,
+        "then_needs": options.then_needs,
+        "parts": options.parts(),
     }
     # Nobody reads these before launch.yaml is there, so they are synced together.
     for task in plan.tasks:
         run_dir = launch.run_dir(task.run_id)
+        if run_dir.config_file.exists():
+            continue  # it finished before, and this launch only looks at it
         run_dir.config_file.write_text(config_to_yaml(run_config(task.config)))
         run_dir.status_file.write_text(pending(n_steps(task.config)).model_dump_json() + "\n")
     differences = varying([flat(run_config(task.config)) for task in plan.tasks])

@@ -231,7 +231,8 @@ def known_jobs(launch: LaunchDir) -> set[str]:
 def read_rows(launch: LaunchDir) -> list[Row]:
     """The runs of a launch, then the targets that it trains, then the steps that follow."""
     rows = read_task_rows(launch)
-    return rows + step_rows(read_info(launch)["then"], rows)
+    info = read_info(launch)
+    return rows + step_rows(info["then"], rows, info["parts"])
 
 
 def read_task_rows(launch: LaunchDir) -> list[Row]:
@@ -342,9 +343,10 @@ def find(reference: str, out_dir: Path) -> tuple[LaunchDir, str | None]:
         folder = Path(run).resolve()
         run, out_dir = folder.name, folder.parent.parent
     if (out_dir / "runs" / run).is_dir():
-        for launch in reversed(all_launches(out_dir)):  # the last one that worked on it
-            if run in (row.name for row in read_task_rows(launch)):
-                return launch, run
+        launches = reversed(all_launches(out_dir))
+        having = [x for x in launches if run in (row.name for row in read_task_rows(x))]
+        if having:  # the last one that worked on it: a pipeline only looks at it
+            return next((x for x in having if run in latest_jobs(x)), having[0]), run
         raise LaunchError(f"no launch in {out_dir} has the run {run}")
     return find_launch(run, out_dir), None
 

@@ -12,6 +12,8 @@ from spd_launch.run_record import read_error
 from spd_launch.steps import STEPS, Row
 from spd_launch.table import print_table
 
+ASK_S = 10.0  # how often who follows a log asks Slurm whether the job still is
+
 
 def main() -> int:
     options = parser(__doc__ or "", nargs="one")
@@ -80,9 +82,10 @@ def log_file(launch: LaunchDir, job_id: str | None, rank: int) -> Path | None:
 
 
 def _follow(file: Path, launch: LaunchDir, row: Row) -> None:
-    position = 0
+    position, asked, over = 0, -ASK_S, False
     while True:
-        over = _is_over(launch, row)
+        if time.monotonic() - asked >= ASK_S:
+            asked, over = time.monotonic(), _is_over(launch, row)
         if file.exists():
             with open(file, errors="replace") as opened:
                 opened.seek(position)
@@ -91,7 +94,7 @@ def _follow(file: Path, launch: LaunchDir, row: Row) -> None:
                 position = opened.tell()
         if over:
             return
-        time.sleep(2)
+        time.sleep(1)
 
 
 if __name__ == "__main__":

@@ -171,10 +171,10 @@ def step_arrays(
 ) -> list[tuple[Array, str | None]]:
     """The tasks of one step as arrays, each with its dependency in Slurm's words.
 
-    `ends` holds the job that each run's chain ends with so far, by run id, and under None the last
-    step of the whole launch; what is over is absent. Of these, `sent` are sent with this step. A
-    step of a run waits for its run, element by element where those are an array (aftercorr); a
-    step of the launch waits for all of them.
+    `ends` holds the job that each run's chain ends with so far (or several, as 7_0:7_1), by run
+    id, and under None the last step of the whole launch; what is over is absent. Of these, `sent`
+    are sent with this step. A step of a run waits for its run, element by element where those are
+    an array (aftercorr); a step of the launch waits for all of them.
     """
     word = {"all": "afterok", "any": "afterany"}[needs]
     last = [f"{word}:{ends[None]}"] if None in ends else []
@@ -193,10 +193,10 @@ def step_arrays(
         elif before == [f"{array}_{i}" for i in range(len(members))]:
             found.append((_of_one_process(members), [f"aftercorr:{array}", *last]))
         else:
-            found += [
-                (_of_one_process([task]), [f"afterok:{job}", *last])
-                for task, job in zip(members, before, strict=True)
-            ]
+            after: dict[str, list[Task]] = {}
+            for task, job in zip(members, before, strict=True):
+                after.setdefault(job, []).append(task)
+            found += [(_of_one_process(t), [f"afterok:{job}", *last]) for job, t in after.items()]
     return [(array, ",".join(dependency) or None) for array, dependency in found]
 
 

@@ -47,7 +47,7 @@ class StepBar:
     def at(self, step: int, values: dict[str, float]) -> None:
         """So many steps are done; `values` are what was just logged, if anything was."""
         place = f"step {step}/{self.steps}"
-        if self.first is None:
+        if self.first is None or step < self.first[0]:  # a rewind goes back
             self.first = step, time.monotonic()
             self.bar.start()  # not before: a target in training has a bar of its own
         else:

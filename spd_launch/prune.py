@@ -3,7 +3,8 @@
 Each launch keeps a copy of the code in its folder, and a commit in git (refs/snapshots/LAUNCH).
 Without --yes nothing is removed, and what would be is listed. Runs and results stay; a run that
 failed can then be resumed with `--with-code=now` only. A launch is over when each of its runs has
-finished, failed or was cancelled, and none of its jobs is in the queue.
+finished, failed or was cancelled, and none of its jobs is in the queue. Git may also hold snapshots
+of launches that are in another folder of results, or deleted: --strays removes those.
 """
 
 import shutil
@@ -23,11 +24,16 @@ from spd_launch.table import print_table
 def main() -> int:
     options = parser(__doc__ or "", nargs="*")
     options.add_argument("--yes", action="store_true", help="remove what is listed")
+    options.add_argument(
+        "--strays", action="store_true",
+        help="remove snapshots in git of launches that are not in this folder of results",
+    )  # fmt: skip
     given = options.parse_args()
     launches = ledger.all_launches(given.out_dir)
+    kept_by_git = snapshots(PACKAGE_ROOT)
+    _strays([r for r in kept_by_git if not any(_belongs(r, x) for x in launches)], given.strays)
     if given.launches:
         launches = [ledger.find_launch(name, given.out_dir) for name in given.launches]
-    kept_by_git = snapshots(PACKAGE_ROOT)
     refs = {x: [r for r in kept_by_git if _belongs(r, x)] for x in launches}
     held = [x for x in launches if refs[x] or _code_folders(x)]
     over = _over(held)
@@ -53,6 +59,19 @@ def main() -> int:
             drop_snapshot(PACKAGE_ROOT, ref)
     print(f"freed {total:.1f} MB of {len(over)} launch(es); `git gc` frees what git still holds")
     return 0
+
+
+def _strays(refs: Sequence[str], remove: bool) -> None:
+    """Snapshots of launches that are not here: somebody may still run on them elsewhere."""
+    if remove:
+        for ref in refs:
+            drop_snapshot(PACKAGE_ROOT, ref)
+        print(f"removed {len(refs)} snapshot(s) of launches elsewhere from git")
+    elif refs:
+        print(
+            f"git holds {len(refs)} snapshot(s) of launches that are deleted, or in another folder "
+            "of results: --strays removes those"
+        )
 
 
 def _belongs(ref: str, launch: LaunchDir) -> bool:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from spd_core.config import config_to_yaml
 from spd_core.run_dir import write_atomic
 from spd_launch import ledger, slurm_state
 from spd_launch.__main__ import start
-from spd_launch.config import JobConfig, run_config
+from spd_launch.config import JobConfig, config_to_yaml, run_config
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.freeze import change_code
 from spd_launch.ledger import LaunchDir
@@ -92,16 +91,17 @@ def to_send(observed: Sequence[Observed], only: str | None, kind: str) -> list[O
         [one] = [row.row for row in observed if row.row.name == only]
         wanted = {one.name, one.after}
     found: list[Observed] = []
-    again: set[str | None] = set()  # runs that are sent, or a step of which is
+    again: set[tuple[str | None, str]] = set()  # run and goal of what is sent
     for row in observed:
         name, goal, after = row.row.name, row.row.goal, row.row.after
         due = name in wanted and not row.live and row.state != "finished"
         if goal in STEPS and not (kind == "local" and row.live):  # else its process goes on to it
-            due = due or (after in again if after is not None else bool(again))
+            before = {run for run, other in again if other != goal}  # not parts of the same step
+            due = due or (after in before if after is not None else bool(before))
         if due:
             found.append(row)
-            again |= {name} if goal == "decomposition" else set()
-            again |= {after} if goal in STEPS else set()
+            if goal != "target":
+                again.add((name if goal == "decomposition" else after, goal))
     return found
 
 

@@ -22,6 +22,7 @@ from spd_launch.errors import LaunchError
 
 # A launch from a git hook must not write into that hook's index.
 _GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
+MAX_LINES = 5  # of git's words: on a full disk it has some for every file
 # What stands in these folders of ours does not change what a run comes to.
 _BESIDE = ("spd_launch/", "spd_analysis/", "tests/", "benchmarks/", "docs/")
 
@@ -255,7 +256,10 @@ def _environment(variables: Mapping[str, str]) -> dict[str, str]:
 def _git(where: str | Path, *arguments: str, **variables: str) -> str:
     done = _ask(where, *arguments, **variables)
     if done.returncode:
-        raise LaunchError(f"git {arguments[0]}: {done.stderr.strip()}")
+        lines = done.stderr.strip().splitlines()
+        words = "\n".join(lines[:MAX_LINES])
+        more = f"\n... and {len(lines) - MAX_LINES} more lines" if lines[MAX_LINES:] else ""
+        raise LaunchError(f"git {arguments[0]}: {words}{more}")
     return done.stdout.removesuffix("\n")
 
 

@@ -105,13 +105,15 @@ def print_launch(launch: LaunchDir, seen: Seen) -> None:
 def _print_runs(launch: LaunchDir, runs: list[Observed], steps: list[Observed]) -> None:
     """A row per run, with a column for each step that follows every run."""
     names = list(dict.fromkeys(step.row.goal for step in steps))
-    after = {(step.row.after, step.row.goal): step.state for step in steps}
+    after: dict[tuple[str | None, str], list[str]] = {}
+    for step in steps:
+        after.setdefault((step.row.after, step.row.goal), []).append(step.state)
     header = ["#", "run", "state", "step", "rate", "left", "loss", "recon", "seen", "attempt",
               "target", "job", "where", *names, "W&B"]  # fmt: skip
     table = []
     for row in runs:
         status, pace = row.status, pace_of(launch.folder(row.row), row.status)
-        of_steps = [after.get((row.row.name, name), "") for name in names]
+        of_steps = [_together(after.get((row.row.name, name), [])) for name in names]
         table.append([
             str(row.row.index), row.row.name, row.state, f"{status.step}/{status.steps}",
             *_pace_cells(pace, row), ago(status.heartbeat) if status.attempt else "",
@@ -119,6 +121,13 @@ def _print_runs(launch: LaunchDir, runs: list[Observed], steps: list[Observed]) 
             *of_steps, read_wandb_url(launch.folder(row.row)) or "",
         ])  # fmt: skip
     print_table(header, table)
+
+
+def _together(states: list[str]) -> str:
+    """Of one step of a run: its state, or how many of its parts are in which."""
+    if len(states) < 2:
+        return "".join(states)
+    return ", ".join(f"{n} {state}" for state, n in Counter(states).most_common())
 
 
 def _pace_cells(pace: Pace, row: Observed) -> list[str]:

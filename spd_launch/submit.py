@@ -104,8 +104,11 @@ def send_all(
         for array, dependency in step_arrays(mine, ends, jobs.values(), options.then_needs):
             for chunk in split([array], limit):
                 jobs |= send(chunk, 1, dependency)
-        steps = [row for row in rows if row.goal == step]
-        ends |= {row.after: job for row in steps if (job := (live | jobs).get(row.name))}
+        last: dict[str | None, list[str]] = {}  # of a step in parts, all of them
+        for row in rows:
+            if row.goal == step and row.name in live | jobs:
+                last.setdefault(row.after, []).append((live | jobs)[row.name])
+        ends |= {run: ":".join(ids) for run, ids in last.items()}
     return jobs
 
 

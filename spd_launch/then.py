@@ -18,7 +18,7 @@ from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.progress import Heartbeat
 from spd_launch.run_record import read_status
-from spd_launch.steps import STEPS, Row
+from spd_launch.steps import Row, step_command
 from spd_launch.task import STOPPED, Stop, check_code, place_from_environment
 
 
@@ -43,7 +43,7 @@ def run(launch_path: str, name: str) -> None:
     try:
         if problem := unmet(launch, row):
             raise LaunchError(problem)
-        code, last_line = _commands(launch, row)
+        code, last_line = _command(launch, row)
         if code and not stop():
             raise LaunchError(f"its command ended with code {code}: {last_line}")
     except LaunchError as error:
@@ -79,29 +79,25 @@ def unmet(launch: LaunchDir, row: Row) -> str | None:
     return f"{row.name} needs {n_needed} of {len(needed)}; not finished: {', '.join(missing)}"
 
 
-def _commands(launch: LaunchDir, row: Row) -> tuple[int, str]:
-    """Run them; the exit code of the last one, and the last line of its complaints."""
+def _command(launch: LaunchDir, row: Row) -> tuple[int, str]:
+    """Its exit code, and the last line of what it had to complain about."""
     folder = launch.path if row.after is None else launch.run_dir(row.after).path
+    parts = ledger.read_info(launch)["parts"]
+    command = ["-m", *step_command(row, folder, parts)]
+    print("$ python " + shlex.join(command), flush=True)
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # it is no rank of anything
     env = {name: value for name, value in os.environ.items() if name not in ours}
     env["SPD_OUT_DIR"] = str(launch.path.parent.parent)
-    code, last_line = 0, ""
-    for command in STEPS[row.goal].commands:
-        words = [str(folder) if word == "FOLDER" else word for word in command.split()]
-        print("$ python -m " + shlex.join(words), flush=True)
-        with subprocess.Popen(
-            [sys.executable, "-m", *words],
-            env=env, stderr=subprocess.PIPE, text=True, errors="replace",
-        ) as process:  # fmt: skip
-            assert process.stderr is not None
-            for line in process.stderr:
-                sys.stderr.write(line)
-                sys.stderr.flush()
-                last_line = line.strip() or last_line
-        code = process.returncode
-        if code:
-            break
-    return code, last_line
+    last_line = ""
+    with subprocess.Popen(
+        [sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            last_line = line.strip() or last_line
+    return process.returncode, last_line
 
 
 def main() -> int:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from spd_analysis.clustering import config as clustering
+from spd_analysis.harvest import config as harvest
 from spd_core.config import RunConfig
 from spd_core.parts import check_parts
 from spd_core.targets.config import (
@@ -19,7 +21,7 @@ from spd_core.targets.config import (
     TransformerTargetConfig,
 )
 from spd_launch.compose import Composed, as_typed
-from spd_launch.config import JobConfig
+from spd_launch.config import JobConfig, LaunchConfig
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.steps import check_steps
 
@@ -89,6 +91,7 @@ def validate(values: dict[str, Any]) -> JobConfig:
         raise LaunchError(problems(error, values, JobConfig)) from None
     _check_modules(config)
     check_steps(config.launch.then, config.launch.goal)
+    _check_step_options(config.launch)
     try:
         check_parts(config)
     except ValueError as error:
@@ -105,6 +108,24 @@ def validate(values: dict[str, Any]) -> JobConfig:
             f"cluster.time_min={cluster.time_min} min: the job would stop as it starts"
         )
     return config
+
+
+def _check_step_options(launch: LaunchConfig) -> None:
+    checks = {"clustering": clustering, "harvest": harvest}
+    for step, module in checks.items():
+        if step in launch.then:
+            options = getattr(launch, step).options
+            try:
+                module.load_config(module.DEFAULT, options)
+            except ValueError as error:
+                raise LaunchError(f"launch.{step}.options: {error}") from None
+            if step == "clustering" and any(option.startswith("seed=") for option in options):
+                raise LaunchError("launch.clustering.options: seed: members have seeds 0 to n - 1")
+    if "cluster_distances" in launch.then and launch.clustering.n < 2:
+        raise LaunchError(
+            f"launch.clustering.n={launch.clustering.n}: distances need an ensemble of two or more "
+            "(a single one: python -m spd_analysis.clustering RUN)"
+        )
 
 
 def problems(error: ValidationError, values: Any, schema: type[BaseModel]) -> str:

@@ -26,12 +26,13 @@ from spd_analysis.clustering.figures import draw_clustering
 from spd_analysis.clustering.history import History, Source, load, members, save
 from spd_analysis.clustering.known import features_found
 from spd_analysis.clustering.merge import cluster
+from spd_analysis.launches import rewritten
 from spd_analysis.observe import load_decomposition
 from spd_core.data.batches import n_features
 from spd_core.load import find_run
 from spd_core.metrics import matching
 from spd_core.metrics.solutions import single_feature_ci
-from spd_core.run_dir import RunDir, written_whole
+from spd_core.run_dir import RunDir
 
 Device = Literal["auto", "cpu", "cuda"]
 MOST_ROWS, MOST_NAMES = 30, 8
@@ -66,15 +67,13 @@ def cluster_run(
         run_dir.path.name, step, activations.n_samples, activations.n_dead,
         activations.subcomponents,
     )  # fmt: skip
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder) as new:
-        new.mkdir()
+    with rewritten(folder) as new:  # another task may have written the same meanwhile
         save(new, history, source, config)
         title = f"{run_dir.path.name}, step {step}: clustering {name}"
         draw_clustering(history, activations, title, new / "clustering.png")
     print_groups(history, activations, config.alpha, console)
     if d.config.data.kind == "sparse_features":
-        ci = single_feature_ci(d.model, n_features(d.config), d.dist.device)
+        ci = single_feature_ci(d.model, n_features(d.config))
         ci = {name: ci[name].cpu().numpy() for name in matching(list(ci), config.modules)}
         (labels,) = history.labels(n, np.array([history.best]))
         found = features_found(ci, activations.subcomponents, labels)
@@ -136,7 +135,7 @@ def main() -> int:
             raise ValueError(f"--name {given.name!r}: letters, digits, . _ and - make a name")
         config, run_dir = load_config(given.config, given.overrides), find_run(given.run)
         folder = cluster_run(run_dir, given.name, config, given.device, console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk, say
         print(f"error: {error}", file=sys.stderr)
         return 2
     console.print(

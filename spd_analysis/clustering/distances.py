@@ -18,6 +18,7 @@ alive in any; one that is dead in a member is a group of its own there.
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -98,7 +99,8 @@ def load_ensemble(folder: Path, n: int | None) -> Ensemble:
     Raises:
         ValueError: members are missing, alone, or of different runs or configs.
     """
-    found = {int(f.name.removeprefix("seed_")): load(f) for f in folder.glob("seed_*")}
+    names = [name for f in folder.glob("seed_*") if (name := re.fullmatch(r"seed_(\d+)", f.name))]
+    found = {int(name[1]): load(folder / name[0]) for name in names}
     wanted = range(n or 0)
     run = folder.parent.parent.name
     again = f"python -m spd_launch +pipeline=clustering run={run} name={folder.name} n="
@@ -113,6 +115,8 @@ def load_ensemble(folder: Path, n: int | None) -> Ensemble:
     seeds = sorted(found)
     histories, sources, configs = zip(*(found[seed] for seed in seeds), strict=True)
     for seed, source, config in zip(seeds, sources, configs, strict=True):
+        if config.seed != seed:
+            raise ValueError(f"{folder}: seed_{seed} is the clustering of seed {config.seed}")
         if config.model_copy(update={"seed": seeds[0]}) != configs[0]:
             raise ValueError(f"{folder}: seed_{seed} has another config than seed_{seeds[0]}")
         if (source.run, source.step) != (sources[0].run, sources[0].step):
@@ -252,7 +256,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         folder = write_distances(find_run(given.run), given.name, given.n, given.points)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk, say
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(

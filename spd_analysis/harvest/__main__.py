@@ -97,7 +97,7 @@ def main() -> int:
                 f"python -m spd_analysis.harvest.merge {given.run} --name {given.name}",
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk, say
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

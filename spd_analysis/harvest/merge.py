@@ -68,7 +68,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         merge_harvest(find_run(given.run), given.name, Console())
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk, say
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

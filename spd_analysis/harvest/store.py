@@ -15,7 +15,7 @@ from spd_analysis.harvest.config import HarvestConfig
 from spd_analysis.harvest.counts import Counts
 from spd_analysis.harvest.examples import Rows
 from spd_analysis.launches import rewritten
-from spd_core.run_dir import RunDir, written_whole
+from spd_core.run_dir import RunDir
 
 TABLES = ("cofirings", "input_tokens", "output_tokens", "all_inputs", "all_outputs")
 
@@ -61,10 +61,8 @@ def save_shard(folder: Path, shard: Shard, harvest: Harvest) -> None:
     for name in TABLES:
         counts: Counts = getattr(harvest, name)
         arrays |= {f"{name}/pairs": counts.pairs, f"{name}/counts": counts.counts}
-    place = folder / "shards" / shard.name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(place) as new:
-        new.mkdir()
+    # Another task may have written the same meanwhile.
+    with rewritten(folder / "shards" / shard.name) as new:
         np.savez_compressed(new / "shard.npz", allow_pickle=False, **arrays)
         (new / "shard.json").write_text(json.dumps(shard.record(), indent=1) + "\n")
 

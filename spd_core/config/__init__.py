@@ -72,6 +72,7 @@ class TrainConfig(BaseConfig):
     weight_decay: Annotated[float, Field(ge=0)]
     grad_clip: GradClipConfig
     faithfulness_warmup: WarmupConfig
+    on_nan: Literal["stop", "rewind"] = Field(description="rewind = go back, take other batches")
     autocast: Literal["off", "bf16"] = Field(description="precision of the forward passes")
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto = cuda where there is one")
 
@@ -165,18 +166,14 @@ def load_config(path: Path) -> RunConfig:
 def named_run(reference: str) -> str:
     """What runs.yaml, here or else in the repository, says for this name; else the reference."""
     for file in (Path.cwd() / "runs.yaml", Path(__file__).parents[2] / "runs.yaml"):
-        names = yaml.safe_load(file.read_text()) if file.is_file() else None
-        if not isinstance(names, dict | None):
-            raise ValueError(f"{file} is no list of NAME: RUN lines")
-        if names and reference in names:
+        try:
+            names = dict(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is no list of NAME: RUN lines: {error}") from None
+        if reference in names:
             folder = file.parent / str(names[reference])  # a path in it starts where it lies
             return str(folder if folder.exists() else names[reference])
     return reference
-
-
-def config_to_yaml(config: RunConfig) -> str:
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # five times faster, where it is
-    return yaml.dump(config.model_dump(mode="json"), Dumper=dumper, sort_keys=False)
 
 
 def config_digest(config: BaseConfig) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from spd_core.base_config import BaseConfig, Count, CustomConfig, Fraction, Positive, ScheduleConfig
 
@@ -42,6 +42,7 @@ class StaticProbabilityConfig(BaseConfig):
 
 Subset = UniformKSubsetConfig | StaticProbabilityConfig
 SubsetRouting = Annotated[Subset, Field(discriminator="kind")]
+Routing = Literal["all", "layerwise"] | SubsetRouting
 
 
 class SubsetReconConfig(LossConfig):
@@ -64,14 +65,20 @@ class PGDSubsetReconConfig(PGDReconConfig, SubsetReconConfig):
     """With the options of both."""
 
 
+class PGDMultibatchConfig(LossConfig, PGDConfig):
+    """PGD over many batches at once: the sources are shared by all of them. Only measured."""
+
+    routing: Routing
+    n_batches: Count
+
+
 class CustomLossConfig(LossConfig, CustomConfig):
     """A loss of the user's own."""
 
 
-class LossNames(BaseConfig):
+class LossNames(BaseConfig, extra="allow"):  # parts of the user's own have own names
     """Every loss, trained or measured; one that is absent (null) is not computed."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)  # parts of the user's own have own names
     importance_minimality: ImportanceMinimalityConfig | None = None
     faithfulness: LossConfig | None = None
     unmasked_recon: LossConfig | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from spd_core.base_config import BaseConfig, Count, CustomConfig, Fraction
-from spd_core.config.losses import LossNames, PGDConfig, SubsetRouting, When
+from spd_core.config.losses import LossConfig, LossNames, PGDMultibatchConfig, When
 
 
 class MetricConfig(BaseConfig):
@@ -73,13 +73,6 @@ class MmcsMl2rConfig(MetricConfig):
     modules: dict[str, Literal["features_in", "features_out"]] = Field(min_length=1)
 
 
-class PGDMultibatchConfig(MetricConfig, PGDConfig):
-    """PGD over many batches at once: the sources are shared by all of them."""
-
-    routing: Literal["all", "layerwise"] | SubsetRouting
-    n_batches: Count
-
-
 class CustomMetricConfig(MetricConfig, CustomConfig):
     """A metric or figure of the user's own."""
 
@@ -108,7 +101,7 @@ class MetricsConfig(LossNames):
     @model_validator(mode="after")
     def _each_has_a_frequency(self) -> Self:
         for name, loss in self.configured().items():
-            if name in LossNames.model_fields and (loss.when is None or loss.coeff is not None):
+            if isinstance(loss, LossConfig) and (loss.when is None or loss.coeff is not None):
                 needs = f"{name} needs a `when`, and no coeff"
                 raise ValueError(f"{needs}: eval.metrics.{name}.when=slow")
         return self

@@ -1,8 +1,9 @@
 """From a config to the batches of a step, with all that the losses share."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -50,28 +51,39 @@ class Decomposition:
 class Batch:
     """The examples of one rank, or of one of its microbatches.
 
-    `own_acts` are x V on the target's own inputs, of some modules. `active` holds the examples at
-    which some decomposed module has an input other than zero; None = all. At the others every
-    masked module gives exactly what the target's own gives, so that they add nothing to a
-    reconstruction loss, nor to its gradient.
+    `own_acts` are x V on the target's own inputs, of some modules. `distinct_ci` are causal
+    importances, and `place` says which are an example's; None = those at its own place. `active`
+    holds the examples at which some decomposed module has an input other than zero; None = all. At
+    the others every masked module gives exactly what the target's own gives, so that they add
+    nothing to a reconstruction loss, nor to its gradient.
     """
 
     examples: Float[Tensor, "batch ..."]
     target_out: Float[Tensor, "batch ..."]
     inputs: dict[str, Float[Tensor, "batch ... d_in"]]
-    ci: dict[str, CausalImportance]
+    distinct_ci: dict[str, CausalImportance]
     randomness: StepRandomness
     own_acts: dict[str, Float[Tensor, "batch ... C"]]
+    place: Int[Tensor, "batch"] | None = None
     active: "Batch | None" = None
+
+    @cached_property
+    def ci(self) -> dict[str, CausalImportance]:
+        """Causal importances of every example."""
+        if self.place is None:
+            return self.distinct_ci
+        # Kept for every loss, also where a search without gradients asks first.
+        with torch.enable_grad():
+            return {name: _at(self.place, ci) for name, ci in self.distinct_ci.items()}
 
     @property
     def positions(self) -> tuple[int, ...]:
         """The shape of one example's positions: () or (seq,)."""
-        return tuple(next(iter(self.ci.values())).lower.shape[1:-1])
+        return tuple(next(iter(self.distinct_ci.values())).lower.shape[1:-1])
 
     @property
     def n_positions(self) -> int:
-        return next(iter(self.ci.values())).lower[..., 0].numel()
+        return len(self.examples) * math.prod(self.positions)
 
 
 Batches = Callable[[], Iterable[Batch]]
@@ -124,27 +136,31 @@ def make_batch(d: Decomposition, randomness: StepRandomness, purpose: str) -> Ba
     target_out, inputs = model.run_target(examples)
     silent = _silent_examples(config, inputs, len(examples))
     if len(silent) < 2:
-        own_acts = model.own_acts(inputs)
         noise = randomness.batch_stream(f"{purpose}:binomial")
-        ci = model.causal_importances(inputs, own_acts, noise)
+        ci, own_acts = model.causal_importances(inputs, noise)
         return Batch(examples, target_out, inputs, ci, randomness, own_acts)
     # Causal importances once for all silent examples, in row 0.
     place = torch.ones(len(examples), dtype=torch.long).index_fill_(0, silent, 0)
     rows = place.nonzero()[:, 0]
     place[rows] = torch.arange(1, len(rows) + 1)
-    few = {name: x[torch.cat([silent[:1], rows])] for name, x in inputs.items()}
-    own_acts = model.own_acts(few)
-    ci = model.causal_importances(few, own_acts, noise=None)
+    kept = torch.cat([silent[:1], rows])
+    few = {name: x.index_select(0, kept) for name, x in inputs.items()}
+    ci, own_acts = model.causal_importances(few, noise=None)
     active = Batch(
-        examples[rows],
-        target_out[rows],
+        examples.index_select(0, rows),
+        target_out.index_select(0, rows),
         {name: x[1:] for name, x in few.items()},
-        {name: importance.at(place[rows]) for name, importance in ci.items()},
+        {name: _at(slice(1, None), importance) for name, importance in ci.items()},
         replace(randomness, rows=rows),
         {name: acts[1:] for name, acts in own_acts.items()},
     )
-    ci = {name: importance.at(place) for name, importance in ci.items()}
-    return Batch(examples, target_out, inputs, ci, randomness, {}, active if len(rows) else None)
+    active = active if len(rows) else None
+    return Batch(examples, target_out, inputs, ci, randomness, {}, place, active)
+
+
+def _at(rows: Int[Tensor, "n"] | slice, ci: CausalImportance) -> CausalImportance:
+    """Those of some examples, or of the same one several times."""
+    return CausalImportance(ci.lower[rows], ci.upper[rows], ci.pre_sigmoid[rows])
 
 
 def _silent_examples(
@@ -161,24 +177,33 @@ def _silent_examples(
     for x in inputs.values():
         if x.device.type == "cuda" or not x.is_floating_point() or len(x) != n:
             return silent[:0]
-        silent = silent[~x[silent].flatten(1).any(1)]
+        silent = silent[~x.index_select(0, silent).flatten(1).any(1)]
     return silent
 
 
-def training_batches(d: Decomposition, step: int) -> tuple[Batches, int]:
-    """This rank's microbatches of one step and their number; they are made again at every call.
+def training_batches(d: Decomposition, draw: int) -> tuple[Batches, int]:
+    """This rank's microbatches of a step and their number; they are made again at every call.
 
-    A single one is kept instead, so that its causal importances are computed once.
+    `draw` is the number that they are drawn by. A single one is kept instead, so that its causal
+    importances are computed once.
     """
     seed, train, dist = d.config.seed, d.config.train, d.dist
     per_rank = train.batch_size // dist.world_size
     n_micro = per_rank // (train.microbatch_size or per_rank)
     n_parts = n_micro * dist.world_size
     parts = [
-        StepRandomness(seed, step, part, n_parts, train.batch_size, dist.device)
+        StepRandomness(seed, draw, part, n_parts, train.batch_size, dist.device)
         for part in range(dist.rank * n_micro, (dist.rank + 1) * n_micro)
     ]
     if n_micro == 1:
         whole = [make_batch(d, parts[0], "train")]
         return lambda: whole, 1
     return lambda: (make_batch(d, part, "train") for part in parts), n_micro
+
+
+def evaluation_batch(d: Decomposition, i: int, purpose: str) -> Batch:
+    """Batch i of an evaluation; each evaluation sees the same ones, so that values compare."""
+    rank, n_ranks, device = d.dist.rank, d.dist.world_size, d.dist.device
+    seed, size = d.config.seed, d.config.eval.batch_size
+    randomness = StepRandomness(seed, i, rank, n_ranks, size, device, phase="eval")
+    return make_batch(d, randomness, purpose)

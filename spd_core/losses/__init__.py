@@ -10,11 +10,13 @@ from torch import Tensor
 
 from spd_core.base_config import CustomConfig
 from spd_core.config import losses as options
+from spd_core.config.losses import PGDMultibatchConfig, PGDReconConfig
 from spd_core.data.batches import Batch, Batches, Decomposition
+from spd_core.distributed import all_reduce
 from spd_core.losses import minimality, pgd
 from spd_core.losses.distance import LossParts, faithfulness
-from spd_core.losses.recon import Source, hidden_acts_recon, recon
-from spd_core.masks import Routing, Sources
+from spd_core.losses.recon import Source, hidden_acts_recon, masks_of_passes, recon
+from spd_core.masks import Sources, draw_routes, masks_from_sources
 from spd_core.parts import load_part
 from spd_core.schedule import annealed_p
 
@@ -25,7 +27,7 @@ class Step:
 
     d: Decomposition
     n_microbatches: int
-    p: dict[str, float]
+    position: float
     power_sums: dict[str, Float[Tensor, "C_total_and_n"]]
     sources: dict[str, Sources]
 
@@ -42,16 +44,17 @@ def prepare_step(
 
     `position` in training, from 0 to 1, sets the annealed p of importance minimality.
     """
-    step = Step(d, n_microbatches, {}, {}, {})
+    step = Step(d, n_microbatches, position, {}, {})
     for name, loss in losses.items():
-        if isinstance(loss, options.ImportanceMinimalityConfig):
-            p = step.p[name] = annealed_p(loss, position)
-            if n_microbatches > 1:
-                parts = [minimality.power_sums(batch.ci, p) for batch in batches()]
+        match loss:
+            case options.ImportanceMinimalityConfig() if n_microbatches > 1:
+                p = annealed_p(loss, position)
+                parts = [minimality.power_sums(batch, p) for batch in batches()]
                 step.power_sums[name] = torch.stack(parts).sum(0)
-        if isinstance(loss, options.PGDReconConfig) and loss.scope == "shared_across_batch":
-            routing, active = _routing(name, loss), lambda: (b.active or b for b in batches())
-            step.sources[name] = pgd.worst_sources(d.model, active, loss, routing, name, d.dist)
+            case PGDMultibatchConfig() | PGDReconConfig(scope="shared_across_batch"):
+                routing, active = _routing(name, loss), lambda: (b.active or b for b in batches())
+                found = pgd.worst_sources(d.model, active, loss, routing, name, d.dist)
+                step.sources[name] = found
     return step
 
 
@@ -63,31 +66,35 @@ def loss_parts(name: str, config: options.LossConfig, batch: Batch, step: Step) 
     model, active, routing = step.d.model, batch.active or batch, _routing(name, config)
     match config:
         case options.ImportanceMinimalityConfig():
-            sums = minimality.power_sums(batch.ci, step.p[name])
-            if step.n_microbatches > 1:
-                # The whole batch's value with this part's gradient, scaled because the loss, whole
-                # in every microbatch, is averaged over them.
-                sums = step.power_sums[name] + step.n_microbatches * (sums - sums.detach())
-            return minimality.importance_minimality(sums, config.beta, step.d.dist)
+            own = minimality.power_sums(batch, annealed_p(config, step.position))
+            of_rank = step.power_sums[name] if step.n_microbatches > 1 else own
+            whole = all_reduce("sum", of_rank, step.d.dist)
+            # The whole batch's value with this part's gradient, scaled because the loss, whole in
+            # every microbatch of every rank, is averaged over them.
+            n_parts = step.n_microbatches * step.d.dist.world_size
+            sums = whole + n_parts * (own - own.detach())
+            return minimality.importance_minimality(sums, config.beta)
         case CustomConfig():
             return load_part(f"losses.{name}", config, "loss")(model, batch)
-        case options.PGDReconConfig():
+        case options.PGDConfig():
             sources = step.sources.get(name) or pgd.worst_sources(
                 model, lambda: [active], config, routing, name, shared_by=None
             )
-            parts = pgd.pgd_recon(model, active, sources, routing, name)
+            routes = draw_routes(active, routing, f"{name}:route")  # those that the search saw
+            masks = [masks_from_sources(active.ci, sources, one_pass) for one_pass in routes]
+            parts = recon(model, active, masks)
         case _ if name == "faithfulness":
             return faithfulness(model.components)
         case _ if name == "stochastic_hidden_acts_recon":
             parts = hidden_acts_recon(model, active, name)
         case _:
             source = cast(Source, name.split("_recon")[0])
-            parts = recon(model, active, source, routing, name)
+            parts = recon(model, active, masks_of_passes(model, active, source, routing, name))
     # Every example counts, also those that add nothing to the sum.
     return parts[0], parts[1] * len(batch.examples) // len(active.examples)
 
 
-def _routing(name: str, config: options.LossConfig) -> Routing:
-    if isinstance(config, options.SubsetReconConfig):
+def _routing(name: str, config: options.LossConfig) -> options.Routing:
+    if isinstance(config, options.SubsetReconConfig | PGDMultibatchConfig):
         return config.routing
     return "layerwise" if name.endswith("_layerwise") else "all"

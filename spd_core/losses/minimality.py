@@ -4,37 +4,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_core.ci_fns import CausalImportance
-from spd_core.distributed import Dist, all_sum_with_grad
+from spd_core.data.batches import Batch
 from spd_core.losses.distance import LossParts
 
 EPS = 1e-12
 
 
-def importance_minimality(
-    power_sums: Float[Tensor, "C_total_and_n"], beta: float, dist: Dist
-) -> LossParts:
-    """Sum over modules and c of s_c + beta s_c log2(1 + n s_c), from this rank's `power_sums`.
+def importance_minimality(power_sums: Float[Tensor, "C_total_and_n"], beta: float) -> LossParts:
+    """Sum over modules and c of s_c + beta s_c log2(1 + n s_c), from the whole `power_sums`.
 
     s_c is the mean over all n positions of all ranks of (upper_leaky + eps)^p. The sum is whole on
     every rank and its count is 1, so that sum over ranks / count over ranks is the loss.
     """
-    counted = all_sum_with_grad(power_sums, dist)
-    n = counted[-1].detach()
-    s = counted[:-1] / n
+    n = power_sums[-1].detach()
+    s = power_sums[:-1] / n
     return (s + beta * s * torch.log2(1 + n * s)).sum() if beta else s.sum(), 1
 
 
-def power_sums(ci: dict[str, CausalImportance], p: float) -> Float[Tensor, "C_total_and_n"]:
+def power_sums(batch: Batch, p: float) -> Float[Tensor, "C_total_and_n"]:
     """Sums over positions of (upper_leaky + eps)^p, then the number of positions.
 
     The number goes along because ranks may hold unequal counts. A module that runs at fewer
     positions than the first (position embeddings run once per batch) counts as if at all.
     """
-    n = next(iter(ci.values())).upper[..., 0].numel()
-    sums = []
-    for module_ci in ci.values():
+    sums, n_times = [], None if batch.place is None else batch.place.bincount()
+    for module_ci in batch.distinct_ci.values():
         shifted = module_ci.upper + EPS
-        powers = (shifted if p == 1 else shifted**p).flatten(0, -2)
-        sums.append(powers.sum(0) * (n / len(powers)))
-    return torch.cat([*sums, sums[0].new_tensor([float(n)])])
+        powers = shifted if p == 1 else shifted**p
+        n_own = powers[..., 0].numel()
+        if n_times is not None:
+            n_own = n_own // len(n_times) * len(batch.examples)
+            powers = powers * n_times.view(-1, *[1] * (powers.dim() - 1))
+        sums.append(powers.flatten(0, -2).sum(0) * (batch.n_positions / n_own))
+    return torch.cat([*sums, sums[0].new_tensor([float(batch.n_positions)])])

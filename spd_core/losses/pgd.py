@@ -5,22 +5,12 @@ from dataclasses import replace
 import torch
 
 from spd_core.component_model import ComponentModel
-from spd_core.config.losses import PGDConfig
+from spd_core.config.losses import PGDConfig, Routing
 from spd_core.data.batches import Batch, Batches
 from spd_core.distributed import Dist, over_ranks
-from spd_core.losses.distance import LossParts
-from spd_core.losses.recon import masked_distance, total
-from spd_core.masks import Routes, Routing, Sources, draw_routes, masks_from_sources
-
-
-def pgd_recon(
-    model: ComponentModel, batch: Batch, sources: Sources, routing: Routing, purpose: str
-) -> LossParts:
-    """Distance between the target's output and the one masked by the given sources.
-
-    `purpose` is that of the search, so that the loss sees the routes that the search saw.
-    """
-    return _distance(model, batch, sources, draw_routes(batch, routing, f"{purpose}:route"))
+from spd_core.losses.recon import recon
+from spd_core.masks import Sources, draw_routes, masks_from_sources
+from spd_core.randomness import BatchStream
 
 
 def worst_sources(
@@ -42,14 +32,15 @@ def worst_sources(
         ValueError: the output does not depend on some module's masks.
     """
     sources = _start(model, next(iter(batches())), search, f"{purpose}:sources", shared_by)
-    routes = [draw_routes(batch, routing, f"{purpose}:route") for batch in batches()]
+    passes = [draw_routes(batch, routing, f"{purpose}:route") for batch in batches()]
     for _ in range(search.n_steps):
         leaves = {name: source.detach().requires_grad_() for name, source in sources.items()}
-        for batch, batch_routes in zip(batches(), routes, strict=True):
+        for batch, routes_of_batch in zip(batches(), passes, strict=True):
             # Evaluation runs under no_grad, and here the importances are constants.
             with torch.enable_grad():
                 fixed = {n: replace(ci, lower=ci.lower.detach()) for n, ci in batch.ci.items()}
-                sum_, _ = _distance(model, replace(batch, ci=fixed), leaves, batch_routes)
+                masks = [masks_from_sources(fixed, leaves, routes) for routes in routes_of_batch]
+                sum_, _ = recon(model, batch, masks)
             if sum_.requires_grad:  # else it depends on no module at all
                 sum_.backward(inputs=list(leaves.values()))
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -68,26 +59,16 @@ def worst_sources(
 def _start(
     model: ComponentModel, batch: Batch, search: PGDConfig, purpose: str, shared_by: Dist | None
 ) -> Sources:
-    own, shared = batch.randomness.batch_stream(purpose), batch.randomness.shared_stream(purpose)
-    ones, sources = (1,) * (1 + len(batch.positions)), {}
-    for name, components in model.components.items():
-        width = components.C + model.config.delta_component
-        if shared_by is None:
-            random = own.uniform(*batch.positions, width)
-        else:
-            random = torch.rand(*ones, width, generator=shared, device=shared.device)
-        match search.init:
-            case "random":
-                sources[name] = random
-            case "ones":
-                sources[name] = torch.ones_like(random)
-            case "zeroes":
-                sources[name] = torch.zeros_like(random)
-    return sources
-
-
-def _distance(
-    model: ComponentModel, batch: Batch, sources: Sources, routes: list[Routes]
-) -> LossParts:
-    passes = [masks_from_sources(batch.ci, sources, one_pass) for one_pass in routes]
-    return total([masked_distance(model, batch, masks) for masks in passes])
+    stream, positions = batch.randomness.batch_stream(purpose), batch.positions
+    if shared_by is not None:
+        stream = BatchStream([(batch.randomness.shared_stream(purpose), 1)], slice(None))
+        positions = (1,) * len(positions)
+    widths = {n: c.C + model.config.delta_component for n, c in model.components.items()}
+    random = {name: stream.uniform(*positions, width) for name, width in widths.items()}
+    match search.init:
+        case "random":
+            return random
+        case "ones":
+            return {name: torch.ones_like(source) for name, source in random.items()}
+        case "zeroes":
+            return {name: torch.zeros_like(source) for name, source in random.items()}

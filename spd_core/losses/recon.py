@@ -1,39 +1,47 @@
-"""Reconstruction losses: a mask source (unmasked, ci, stochastic) times a routing."""
+"""Reconstruction losses: the target's output against its outputs under masks."""
 
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
 
 from spd_core.component_model import Cache, ComponentModel, MaskInfo
+from spd_core.config.losses import Routing
 from spd_core.data.batches import Batch
 from spd_core.losses.distance import LossParts, distance
-from spd_core.masks import Routing, draw_routes, stochastic_masks
+from spd_core.masks import draw_routes, stochastic_masks
 
 Source = Literal["unmasked", "ci_masked", "stochastic"]
 
 
-def recon(
-    model: ComponentModel, batch: Batch, source: Source, routing: Routing, purpose: str
-) -> LossParts:
-    """Distance between the target's output and the masked one.
+def recon(model: ComponentModel, batch: Batch, passes: Iterable[dict[str, MaskInfo]]) -> LossParts:
+    """Distance between the target's output and the masked one, over passes under these masks."""
+    parts = []
+    for masks in passes:
+        pred = model.run_masked(batch.examples, masks, own_acts=batch.own_acts)
+        parts.append(distance(model.config.distance, pred, batch.target_out))
+    return _total(parts)
 
-    `stochastic` averages over `n_mask_samples` draws; `layerwise` over the modules, masking one at
-    a time. `purpose` names the random streams, so that no two losses share numbers.
+
+def masks_of_passes(
+    model: ComponentModel, batch: Batch, source: Source, routing: Routing, purpose: str
+) -> Iterator[dict[str, MaskInfo]]:
+    """The masks of every pass, drawn as its turn comes.
+
+    `stochastic` takes `n_mask_samples` draws; `layerwise` a pass for every module. `purpose` names
+    the random streams, so that no two losses share numbers.
     """
     n_samples = model.config.n_mask_samples if source == "stochastic" else 1
-    passes = []
     for sample in range(n_samples):
         for routes in draw_routes(batch, routing, f"{purpose}:route:{sample}"):
             match source:
                 case "unmasked":
-                    masks = {n: MaskInfo(None, None, route) for n, route in routes.items()}
+                    yield {n: MaskInfo(None, None, route) for n, route in routes.items()}
                 case "ci_masked":
-                    masks = {n: MaskInfo(batch.ci[n].lower, None, r) for n, r in routes.items()}
+                    yield {n: MaskInfo(batch.ci[n].lower, None, r) for n, r in routes.items()}
                 case "stochastic":
                     part = f"{purpose}:{sample}:{next(iter(routes))}"
-                    masks = stochastic_masks(model, batch, routes, part)
-            passes.append(masked_distance(model, batch, masks))
-    return total(passes)
+                    yield stochastic_masks(model, batch, routes, part)
 
 
 def hidden_acts_recon(model: ComponentModel, batch: Batch, purpose: str) -> LossParts:
@@ -44,19 +52,14 @@ def hidden_acts_recon(model: ComponentModel, batch: Batch, purpose: str) -> Loss
     compared = [n for n, x in batch.inputs.items() if x.is_floating_point()]
     if not compared:
         raise ValueError("stochastic_hidden_acts_recon: only embeddings are decomposed")
-    passes, everywhere = [], dict.fromkeys(batch.ci)
+    parts, everywhere = [], dict.fromkeys(batch.ci)
     for sample in range(model.config.n_mask_samples):
         cache = Cache()
         masks = stochastic_masks(model, batch, everywhere, f"{purpose}:{sample}")
         model.run_masked(batch.examples, masks, cache, batch.own_acts)
-        passes += [distance("mse", cache.inputs[n], batch.inputs[n]) for n in compared]
-    return total(passes)
+        parts += [distance("mse", cache.inputs[n], batch.inputs[n]) for n in compared]
+    return _total(parts)
 
 
-def masked_distance(model: ComponentModel, batch: Batch, masks: dict[str, MaskInfo]) -> LossParts:
-    pred = model.run_masked(batch.examples, masks, own_acts=batch.own_acts)
-    return distance(model.config.distance, pred, batch.target_out)
-
-
-def total(parts: list[LossParts]) -> LossParts:
+def _total(parts: list[LossParts]) -> LossParts:
     return torch.stack([sum_ for sum_, _ in parts]).sum(), sum(count for _, count in parts)

@@ -19,17 +19,14 @@ PositionsAgo = dict[str, Int[Tensor, "C"]]
 
 def l0_sums(ci: dict[str, CausalImportance], config: CiL0Config) -> dict[str, Float[Tensor, "2"]]:
     """(active subcomponents, positions) of every module and group; the key has the threshold."""
-    n_positions = _n_positions(ci)
-    active = {}
-    for name, module_ci in ci.items():
-        above = (module_ci.lower > config.threshold).flatten(0, -2)
-        active[name] = above.sum() * (n_positions / len(above))
+    counts = component_sums(ci, config.threshold)
+    n_positions = next(iter(counts.values()))[-1]
+    # Another module than the first may run at fewer positions, as position embeddings do.
+    active = {name: c[:-1].sum() * (n_positions / c[-1]) for name, c in counts.items()}
     for group, patterns in config.groups.items():
         active[group] = torch.stack([active[n] for n in matching(list(ci), patterns)]).sum()
-    return {
-        f"ci_l0_{config.threshold}/{name}": torch.stack([n, torch.full_like(n, n_positions)])
-        for name, n in active.items()
-    }
+    prefix = f"ci_l0_{config.threshold}"
+    return {f"{prefix}/{name}": torch.stack([n, n_positions]) for name, n in active.items()}
 
 
 def component_sums(
@@ -76,7 +73,8 @@ def observe_alive(
     ago: PositionsAgo, ci: dict[str, CausalImportance], config: AliveComponentsConfig, dist: Dist
 ) -> None:
     """Take note of one batch of this rank, while the others have one of the same size."""
-    n_positions = _n_positions(ci) * dist.world_size
+    # Of the first module: another may run at fewer positions, as position embeddings do.
+    n_positions = next(iter(ci.values())).lower[..., 0].numel() * dist.world_size
     for name, module_ci in ci.items():
         important = (module_ci.lower > config.threshold).flatten(0, -2).any(0)
         ago[name].add_(n_positions).masked_fill_(important, 0)
@@ -86,8 +84,3 @@ def n_alive(ago: PositionsAgo, config: AliveComponentsConfig, dist: Dist) -> dic
     """Subcomponents that were important on any rank in the last `n_examples` positions of all."""
     ago = over_ranks("min", ago, dist)
     return {name: float((module_ago < config.n_examples).sum()) for name, module_ago in ago.items()}
-
-
-def _n_positions(ci: dict[str, CausalImportance]) -> int:
-    """Of the first module: another may run at fewer positions, as position embeddings do."""
-    return next(iter(ci.values())).lower[..., 0].numel()

@@ -18,11 +18,12 @@ NEGLIGIBLE = 0.01
 
 @torch.no_grad()
 def single_feature_ci(
-    model: ComponentModel, n_features: int, device: torch.device
+    model: ComponentModel, n_features: int
 ) -> dict[str, Float[Tensor, "n_features C"]]:
     """Causal importances (lower) when each feature in turn is alone, at 0.75."""
+    device = model.component_parameters()[0].device
     _, inputs = model.run_target(FEATURE_VALUE * torch.eye(n_features, device=device))
-    ci = model.causal_importances(inputs, model.own_acts(inputs), noise=None)
+    ci, _ = model.causal_importances(inputs, noise=None)
     return {name: module_ci.lower for name, module_ci in ci.items()}
 
 

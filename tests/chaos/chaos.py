@@ -27,7 +27,7 @@ from disk import Disk
 from faults import FAULTS, OF_A_DISK, OF_LAUNCHER, Fault, Scene
 from rich.console import Console
 from rich.table import Table
-from runs import CASES, Run, differences, make_run, prepare, start, start_launcher, wait
+from runs import CASES, Run, differences, make_run, prepare, shown, start, start_launcher, wait
 
 from spd_core.run_dir import read_metrics
 
@@ -58,7 +58,8 @@ class Record:
             f"{self.runs} runs; bit-identical to the same run left alone: {self.identical}"
         )
         for name, values in self.seconds.items():
-            console.print(f"{name}: {statistics.median(values):.1f} s (median of {len(values)})")
+            middle, most = statistics.median(values), max(values)
+            console.print(f"{name}: {middle:.1f} s, at most {most:.1f} s ({len(values)} times)")
         for problem in self.problems:
             console.print(f"[red]{problem}", soft_wrap=True)
 
@@ -78,13 +79,13 @@ def here(options: argparse.Namespace, place: Path, record: Record) -> None:
     def torment(run: Run) -> Iterator[tuple[str, str]]:
         for name in islice(kinds, PER_RUN):
             codes = strike_here(faults[name], Scene(run, disk, chance))
-            yield name, f"{codes} {run.state}"
+            yield name, f"{codes} {shown(run, codes)}"
             if run.state == "finished":
                 break
         for _ in range(2):  # the second finds nothing to do, but perhaps a report
             began = time.time()
             start(run)
-            yield "left alone", f"{wait(run)} {run.state}"
+            yield "left alone", f"{(codes := wait(run))} {shown(run, codes)}"
             new = [float(r["time"]) - began for r in read_metrics(run.run_dir)]
             if new and new[-1] > 0:
                 first_s = min(s for s in new if s > 0)
@@ -107,13 +108,17 @@ def on_cluster(options: argparse.Namespace, place: Path, record: Record) -> None
     kinds, cases = endless(chance, on_slurm.FAULTS), endless(chance, options.case or FEW_CASES)
 
     def torment(run: Run) -> Iterator[tuple[str, str]]:
-        for name in islice(kinds, PER_JOB):
+        for name in islice(kinds, min(PER_JOB, options.faults)):
             how, slurms, ours = on_slurm.strike(on_slurm.FAULTS[name], on_slurm.Scene(run, chance))
-            yield name, f"{how}, {slurms:.0f} s to its start and {ours:.0f} s to a step"
+            told = f"{how}, {slurms:.0f} s to its start and {ours:.0f} s to a step"
+            yield ("left alone" if how.startswith("too late") else name), f"{name}: {told}"
             if run.state == "finished":
                 break
-            record.seconds["from requeue to start, Slurm's part"].append(slurms)
-            record.seconds["from start to the first new step, ours"].append(ours)
+            if how.startswith("too late"):
+                continue
+            way = how.split(", ")[-1]  # requeued, or resumed by hand
+            record.seconds[f"{way}, Slurm's part: to the start of the job"].append(slurms)
+            record.seconds[f"{way}, ours: from there to the first new step"].append(ours)
         (run.orders / "pace").unlink()  # no more waiting
         on_slurm.wait_for(
             lambda: run.state == "finished" and run.run_dir.report_file.exists(), 300, "its end"
@@ -121,7 +126,7 @@ def on_cluster(options: argparse.Namespace, place: Path, record: Record) -> None
 
     with on_slurm.cluster():
         for case in until_enough(options, record, cases):
-            whole = left_alone(case, place)
+            whole = left_alone_after_target(case, place)
             judge(record, on_slurm.submit(case, place / f"run{record.runs}"), torment, whole)
 
 
@@ -136,9 +141,19 @@ def until_enough(
 
 @cache
 def left_alone(case: str, place: Path) -> Run:
-    """The run that nobody breaks; it keeps every step, since a stop may save after any."""
-    every_step = ("checkpoint.every_steps=1", "checkpoint.keep=1000")
-    run = make_run(case, place / "whole" / case.replace(" ", "_"), *every_step)
+    return _left_alone(case, place / "whole" / case.replace(" ", "_"))
+
+
+@cache
+def left_alone_after_target(case: str, place: Path) -> Run:
+    """As on a cluster, where a job before it trains the target, on as many processes."""
+    out = place / "whole" / case.replace(" ", "_")
+    _left_alone(case, out, "launch.goal=target")
+    return _left_alone(case, out)
+
+
+def _left_alone(case: str, out: Path, *overrides: str) -> Run:
+    run = make_run(case, out, *overrides)
     start(run)
     codes = wait(run, timeout_s=600)
     assert run.state == "finished" and not any(codes), run.log.read_text()

@@ -12,7 +12,8 @@ from pathlib import Path
 from spd_core.run_dir import RunDir, read_metrics
 from spd_launch.compose import compose
 from spd_launch.freeze import record
-from spd_launch.ledger import LaunchDir, new_launch
+from spd_launch.ledger import LaunchDir, new_launch, note_jobs, read_rows
+from spd_launch.observe import observe
 from spd_launch.run_record import read_status
 from spd_launch.snapshot import Snapshot
 from spd_launch.task import STOPPED
@@ -20,12 +21,11 @@ from spd_launch.validate import validate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-KEPT = 2  # checkpoints
 SMALL = (
     "cluster=local", "train.device=cpu", "train.steps=24", "train.batch_size=32",
     "train.faithfulness_warmup.steps=3", "eval.every=8", "eval.slow_every=24", "eval.steps=1",
-    "eval.batch_size=32", "checkpoint.every_steps=3", f"checkpoint.keep={KEPT}",
-    "track.log_every=1", "losses.exploding={path: exploding.loss, coeff: 1.0, used: true}",
+    "eval.batch_size=32", "checkpoint.every_steps=3", "track.log_every=1",
+    "losses.exploding={path: exploding.loss, coeff: 1.0, nan_at: []}",
 )  # fmt: skip
 TMS = (
     "+experiment=tms_5-2", "target.steps=150", "target.batch_size=256",
@@ -57,6 +57,8 @@ TEXT = (
     "target.batch_size=4", "target.steps=60", "decompose.ci_fn.hidden=[8]", "train.steps=12",
     "train.batch_size=8", "eval.every=12", "eval.slow_every=12", "eval.batch_size=8",
 )  # fmt: skip
+# Of one step once, of another three times: its batch, and those drawn instead (24 steps on).
+REWINDS = ("train.on_nan=rewind", "losses.exploding.nan_at=[7, 14, 38, 62]")
 CASES: dict[str, tuple[str, ...]] = {
     "tms with figures": (*TMS, *ONE_FIGURE, "eval.slow_every=8"),
     "every loss, 2 ranks": (*TMS, *NO_FIGURES, *EVERY_LOSS, "dp=2"),
@@ -68,6 +70,7 @@ CASES: dict[str, tuple[str, ...]] = {
         *TMS, *NO_FIGURES, "dp=2",
         "+eval.metrics.alive_components={when:fast,threshold:0.1,n_examples:200}",
     ),
+    "rewinds, 2 ranks": (*TMS, *NO_FIGURES, *REWINDS, "dp=2"),
     "language model and its target, 2 ranks": (*TEXT, *NO_FIGURES, "dp=2"),
 }  # fmt: skip
 TIMED = ("time", "examples_per_s", "tokens_per_s", "eval_cost/", "checkpoint_cost_s")
@@ -137,6 +140,7 @@ def start(run: Run) -> None:
     """Start all ranks, as the launcher does, or as Slurm does after a requeue."""
     forget_orders(run)
     run.attempt += 1
+    note_jobs(run.launch, "local", {run.run_dir.path.name: f"local-chaos-{run.attempt}"})
     ranks = [context().Process(target=_rank, args=(rank, run)) for rank in range(run.dp)]
     for rank in ranks:
         rank.start()
@@ -197,23 +201,34 @@ def wait(run: Run, grace_s: float = 5, timeout_s: float = 300) -> list[int]:
     return codes
 
 
-def differences(run: Run, whole: Run) -> list[str]:
-    """What a run that was broken and continued has otherwise than one that was left alone.
+def shown(run: Run, codes: list[int]) -> str:
+    """What `status` calls a run whose processes ended with these codes; fails where it is wrong."""
+    [row] = observe(run.launch, read_rows(run.launch)[:1])
+    assert not row.live, "nothing works on it any more"
+    last_step = int(records[-1]["step"]) if (records := read_metrics(run.run_dir)) else 0
+    saved_step = steps[-1] if (steps := steps_saved(run)) else 0
+    match row.state:
+        case "finished":
+            right = saved_step == last_step == row.status.steps
+        case "stopped":  # with nothing lost
+            right = saved_step == last_step and set(codes) != {0}
+        case "failed" | "ended, not finished":
+            right = set(codes) not in ({0}, {STOPPED})
+        case _:
+            right = False
+    assert right, f"{codes}, {saved_step} steps saved, {last_step} reported: {row.state}"
+    return row.state
 
-    Each of the checkpoints that it keeps must be the other's of that step.
-    """
+
+def differences(run: Run, whole: Run) -> list[str]:
+    """What a run that was broken and continued has otherwise than one that was left alone."""
     found = []
-    if len(steps_saved(run)) != KEPT or steps_saved(run)[-1] != steps_saved(whole)[-1]:
-        found.append(f"checkpoints of the steps {steps_saved(run)}")
     one, other = (_metrics(r) for r in (run, whole))
     if one != other:
         steps = ([r["step"] for r in records] for records in (one, other))
         found.append(f"metrics.jsonl: steps {' and '.join(map(str, steps))}, or their values")
     one, other = (_files(r) for r in (run, whole))
-    not_kept = {name for name in other.keys() - one.keys() if name.startswith("checkpoints")}
-    found += [
-        f"{name} is on one side only" for name in sorted(one.keys() ^ (other.keys() - not_kept))
-    ]
+    found += [f"{name} is on one side only" for name in sorted(one.keys() ^ other.keys())]
     found += [
         f"{name} differs" for name in sorted(one.keys() & other.keys()) if one[name] != other[name]
     ]
@@ -228,9 +243,11 @@ def _metrics(run: Run) -> list[dict[str, float | int | str]]:
 
 
 def _files(run: Run) -> dict[str, bytes]:
-    """Checkpoints, figures and the target, and that there is a report: every byte."""
-    kept = {}
-    for folder in (run.run_dir.checkpoints, run.run_dir.figures, run.run_dir.targets):
+    """Checkpoints, rewinds, figures, target and corpus, every byte; and that there is a report."""
+    rewinds = run.run_dir.rewinds_file
+    kept = {rewinds.name: rewinds.read_bytes()} if rewinds.exists() else {}
+    of_run = run.run_dir
+    for folder in (of_run.checkpoints, of_run.figures, of_run.targets, of_run.data):
         for file in folder.rglob("*"):
             place = file.relative_to(folder.parent)
             litter = any(part.startswith((".", "damaged_")) for part in place.parts)

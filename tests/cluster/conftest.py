@@ -104,10 +104,12 @@ def command(slurm: Cluster, project: Path, out: Path) -> Command:
     ours = {"SPD_OUT_DIR": out, "PYTHONPATH": project, "SLURM_CONF": slurm.conf}
     env = {**os.environ, **{name: str(path) for name, path in ours.items()}}
 
-    def run(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(
+        module: str, *arguments: str, code: int = 0, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", module, *arguments]
         done = subprocess.run(
-            line, cwd=project, env=env, stdin=subprocess.DEVNULL,
+            line, cwd=project, env=env | variables, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr

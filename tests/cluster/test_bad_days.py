@@ -24,10 +24,13 @@ def _nothing_is_left(slurm: Cluster) -> Iterator[None]:
     slurm.run("scancel", "--user=root")
 
 
+def controller() -> int:
+    [found] = [p for p, name in slurm_cluster.running("ctl").items() if name == "slurmctld"]
+    return found
+
+
 @contextmanager
-def no_controller() -> Iterator[None]:
-    [controller] = [p for p, name in slurm_cluster.running("ctl").items() if name == "slurmctld"]
-    os.kill(controller, signal.SIGKILL)
+def controller_comes_back() -> Iterator[None]:
     try:
         yield
     finally:
@@ -41,7 +44,8 @@ def test_a_controller_that_is_down_is_said_to_be(
     folder, [task] = launch("+cluster.sbatch.hold=true")
     before = sorted((out / "launches").iterdir()), sorted((out / "runs").iterdir())
     words = "Unable to contact slurm controller"
-    with no_controller():
+    with controller_comes_back():
+        os.kill(controller(), signal.SIGKILL)
         shown = command("spd_launch.status", "latest").stdout
         assert words in shown and "1 run(s): 1 pending" in shown
         for refused in (
@@ -56,6 +60,33 @@ def test_a_controller_that_is_down_is_said_to_be(
     [job] = ledger.latest_jobs(folder).values()
     assert slurm.run("squeue", "-h", "-o", "%i").split() == [job]
     assert "cancelled 1 live run(s)" in command("spd_launch.cancel", "latest").stdout
+
+
+def test_a_controller_that_goes_down_between_two_arrays(
+    command: Command, slurm: Cluster, out: Path, tmp_path: Path
+) -> None:
+    """By an sbatch that ends the controller when it has sent the first."""
+    ends_it = tmp_path / "bin" / "sbatch"
+    ends_it.parent.mkdir()
+    pid = controller()
+    ends_it.write_text(
+        f'#!/bin/sh\n{shutil.which("sbatch")} "$@" || exit $?\n'
+        f"kill {pid}; while kill -0 {pid} 2>/dev/null; do sleep 0.1; done\n"
+    )
+    ends_it.chmod(0o755)
+    two = [*SMALL, "-m", "dp=1,2", "launch.if_done=rerun", "+cluster.sbatch.hold=true"]
+    with controller_comes_back():
+        done = command("spd_launch", *two, code=2, PATH=f"{ends_it.parent}:{os.environ['PATH']}")
+        folder = ledger.find_launch("latest", out)
+        assert "Unable to contact slurm controller" in done.stderr
+        assert "What was sent before could not be cancelled" in done.stderr
+        assert f"When Slurm answers again: python -m spd_launch.cancel {folder.launch_id}" in (
+            done.stderr
+        )
+    shown = command("spd_launch.status", "latest").stdout
+    assert "1 of these were not sent" in shown
+    assert "cancelled 1 live run(s)" in command("spd_launch.cancel", "latest").stdout
+    assert not slurm.run("squeue", "-h")
 
 
 def test_cancelled_by_hand_and_without_accounts(

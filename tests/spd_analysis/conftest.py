@@ -1,7 +1,7 @@
 import pytest
 
-from spd_core.config import config_to_yaml
 from spd_core.train import train
+from spd_launch.config import config_to_yaml
 from spd_launch.run_record import write_environment
 
 

@@ -18,7 +18,7 @@ from spd_analysis.clustering.distances import (
 )
 from spd_analysis.clustering.history import Source, save
 from spd_analysis.clustering.merge import cluster
-from spd_core.config import config_to_yaml
+from spd_launch.config import config_to_yaml
 
 ALIVE = ([0, 1, 2, 3, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7, 9], [1, 2, 3, 4, 6, 7, 9])
 
@@ -122,8 +122,12 @@ def test_members_may_be_added_later_and_each_counts_once(ensemble, command):
     assert np.load(folder / "distances" / "distances.npz")["seeds"].tolist() == [0, 1]
     shutil.move(folder.parent / "aside", folder / "seed_2")
     (folder / ".seed_2.0123").mkdir()  # what a task that was killed may leave behind
+    (folder / "seed_2_old").mkdir()
     assert command(run_dir.path, "--points", 3)[0] == 0
     assert np.load(folder / "distances" / "distances.npz")["seeds"].tolist() == [0, 1, 2]
+    shutil.copytree(folder / "seed_2", folder / "seed_3")
+    code, _, error = command(run_dir.path)
+    assert code == 2 and "seed_3 is the clustering of seed 2" in error
 
 
 def test_an_ensemble_that_is_no_ensemble_is_refused(ensemble, command):

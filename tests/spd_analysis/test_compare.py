@@ -21,10 +21,12 @@ from spd_analysis.compare import (
     print_summary,
     similarity,
 )
-from spd_core.config import config_to_yaml, load_config
+from spd_core.config import load_config
+from spd_core.data.batches import Decomposition, evaluation_batch
 from spd_core.load import load_run
 from spd_core.run_dir import RunDir
 from spd_core.targets.store import target_folder
+from spd_launch.config import config_to_yaml
 
 ALL = Settings(importance=0.0, density=-1.0, n_batches=1)  # everything counts as alive
 
@@ -162,11 +164,11 @@ def test_densities_count_positions_above_the_threshold(trained, one_process):
     run_dir = trained("one")
     run = load_run(run_dir.path)
     densities = activation_densities(run, run_dir.data, 2, 0.3, one_process)
-    from spd_core.evaluate import Evaluation
-
-    at = Evaluation(run.config, run.model, one_process, run_dir.data, 1.0, {})
+    d = Decomposition(run.config, run.model, one_process, run_dir.data)
     for module, density in densities.items():
-        seen = torch.cat([at.batch(i, "eval").ci[module].lower.detach() for i in range(2)])
+        seen = torch.cat(
+            [evaluation_batch(d, i, "eval").ci[module].lower.detach() for i in range(2)]
+        )
         assert seen.shape == (64, 6)
         torch.testing.assert_close(density, (seen > 0.3).double().mean(0))
 

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from spd_analysis.evaluate_run import evaluate_run, main, print_tables, read_evaluations
-from spd_core.config import config_to_yaml, load_config
+from spd_core.config import load_config
 from spd_core.run_dir import read_metrics
+from spd_launch.config import config_to_yaml
 
 REPO = Path(__file__).parents[2]
 ALIVE = "+eval.metrics.alive_components={when:slow,threshold:0.1,n_examples:100}"

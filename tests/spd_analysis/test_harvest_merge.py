@@ -9,9 +9,8 @@ from spd_analysis.harvest.collect import collect
 from spd_analysis.harvest.config import DEFAULT, load_config
 from spd_analysis.harvest.merge import merge_harvest
 from spd_analysis.harvest.store import Shard, harvest_folder, save_shard
-from spd_core.config import config_to_yaml
 from spd_launch.compose import compose
-from spd_launch.config import run_config
+from spd_launch.config import config_to_yaml, run_config
 from spd_launch.validate import validate
 
 STORIES = (

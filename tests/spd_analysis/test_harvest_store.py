@@ -14,8 +14,8 @@ from spd_analysis import harvest
 from spd_analysis.harvest.collect import collect
 from spd_analysis.harvest.config import DEFAULT, load_config
 from spd_analysis.harvest.store import Shard, harvest_folder, merge, save_shard
-from spd_core.config import config_to_yaml
 from spd_core.run_dir import RunDir
+from spd_launch.config import config_to_yaml
 
 CONFIG = load_config(DEFAULT, ["threshold=0.2", "top_k=3", "window=2", "batches=4"])
 C = {"wte": 4, "head": 5}

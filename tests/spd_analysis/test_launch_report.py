@@ -11,8 +11,9 @@ from PIL import Image
 
 from spd_analysis.evaluate_run import evaluate_run
 from spd_analysis.launch_report import write_launch_report
-from spd_core.config import config_to_yaml, load_config
+from spd_core.config import load_config
 from spd_core.run_dir import RunDir, read_metrics
+from spd_launch.config import config_to_yaml
 
 REPO = Path(__file__).parents[2]
 COEFF = "losses.importance_minimality.coeff"

@@ -11,7 +11,7 @@ from spd_analysis.launches import (
     runs_of,
     with_checkpoints,
 )
-from spd_core.config import config_to_yaml
+from spd_launch.config import config_to_yaml
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from spd_analysis.report import write_report
-from spd_core.config import config_to_yaml
 from spd_core.run_dir import append_metrics
+from spd_launch.config import config_to_yaml
 
 REPO = Path(__file__).parent.parent.parent
 

@@ -10,9 +10,9 @@ from spd_analysis.summary import (
     print_summary,
     short_names,
 )
-from spd_core.config import config_to_yaml
 from spd_core.run_dir import append_metrics
 from spd_core.targets.train_target import load_or_train_target
+from spd_launch.config import config_to_yaml
 
 
 @pytest.fixture

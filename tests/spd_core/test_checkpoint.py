@@ -39,9 +39,9 @@ def run_dir(make_run_dir):
     return make_run_dir("run")
 
 
-def save(run_dir, step, trained, keep=2, keep_every=None):
+def save(run_dir, step, trained, keep=2, keep_every=None, every_steps=1):
     run_dir.metrics_file.touch()
-    options = CheckpointConfig(every_steps=1, keep=keep, keep_every=keep_every)
+    options = CheckpointConfig(every_steps=every_steps, keep=keep, keep_every=keep_every)
     save_checkpoint(run_dir, step, training_state(*trained, {}), options)
 
 
@@ -96,6 +96,14 @@ def test_every_nth_is_kept_as_well(trained, run_dir):
     for step in (2, 4, 6, 8, 10, 12, 14):
         save(run_dir, step, trained(0), keep=2, keep_every=4)
     assert checkpoint_steps(run_dir) == [4, 8, 12, 14]
+
+
+def test_those_of_stops_do_not_push_out_the_planned_ones(trained, run_dir):
+    kept = []
+    for step in (4, 8, 9, 10, 12):  # planned are multiples of 4
+        save(run_dir, step, trained(0), keep=2, every_steps=4)
+        kept.append(checkpoint_steps(run_dir))
+    assert kept == [[4], [4, 8], [8, 9], [8, 10], [8, 12]]
 
 
 def test_what_is_written_is_the_state_of_the_moment(trained, run_dir):

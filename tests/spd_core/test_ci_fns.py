@@ -75,7 +75,7 @@ def gelu(x):
 
 
 def importances(model, inputs, noise=None):
-    return model.causal_importances(inputs, model.own_acts(inputs), noise)
+    return model.causal_importances(inputs, noise)[0]
 
 
 KINDS = ("mlp", "vector_mlp", "shared_mlp")

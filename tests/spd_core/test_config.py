@@ -1,7 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from spd_core.config import config_digest, config_to_yaml, load_config
+from spd_core.config import config_digest, load_config
+from spd_launch.config import config_to_yaml
 
 
 def test_yaml_round_trip(make_config, tmp_path):

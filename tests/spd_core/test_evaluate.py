@@ -210,7 +210,7 @@ def test_multibatch_pgd_is_pgd_on_one_big_batch(
             seen.append(batch)
         return batch
 
-    monkeypatch.setattr("spd_core.evaluate.make_batch", spy)
+    monkeypatch.setattr("spd_core.data.batches.make_batch", spy)
     got = evaluated(config, model, 3, one_process, tmp_path)
     # The same three batches at each of seven steps, and once more for the value.
     rounds = [torch.stack([b.examples for b in seen[-3 * i :][:3]]) for i in range(1, 9)]

@@ -8,9 +8,10 @@ import torch
 from rich.console import Console
 from test_transformer import make_target_config
 
-from spd_core.config import RunConfig, config_to_yaml
+from spd_core.config import RunConfig
 from spd_core.targets.store import read_record, target_folder
 from spd_core.targets.train_target import load_or_train_target, load_target
+from spd_launch.config import config_to_yaml
 
 QUIET = Console(quiet=True)
 

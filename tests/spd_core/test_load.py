@@ -6,9 +6,9 @@ import torch
 
 import spd_core
 from spd_core.checkpoint import newest_valid_checkpoint
-from spd_core.config import config_to_yaml
 from spd_core.load import find_run
 from spd_core.train import train
+from spd_launch.config import config_to_yaml
 from spd_launch.upload import files_to_load
 
 

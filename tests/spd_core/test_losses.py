@@ -120,13 +120,16 @@ def test_faithfulness(tms_model):
     assert count == 20 and sum_.item() == pytest.approx(sum(errors), rel=1e-5)
 
 
+def with_upper(upper, place=None):
+    n = len(next(iter(upper.values()))) if place is None else len(place)
+    ci, x = {name: CausalImportance(u, u, u) for name, u in upper.items()}, torch.zeros(n, 1)
+    return Batch(x, x, {}, ci, StepRandomness(0, 0, 0, 1, n, CPU), {}, place)
+
+
 @given(st.floats(0.3, 2.0), st.sampled_from([0.0, 0.5]), st.sampled_from([(5,), (2, 3)]))
 def test_importance_minimality(p, beta, leading):
-    from spd_core.distributed import Dist
-
     upper = {"a": torch.rand(*leading, 2) * 1.2, "b": torch.rand(*leading, 3).round()}
-    ci = {n: CausalImportance(u.new_zeros(u.shape), u, u) for n, u in upper.items()}
-    sum_, count = importance_minimality(power_sums(ci, p), beta, Dist(0, 1, CPU))
+    sum_, count = importance_minimality(power_sums(with_upper(upper), p), beta)
     n = np.prod(leading)
     wanted = 0.0
     for u in upper.values():
@@ -135,10 +138,20 @@ def test_importance_minimality(p, beta, leading):
     assert sum_.item() / count == pytest.approx(wanted, rel=1e-4)
 
 
-def test_importance_minimality_has_finite_gradients_at_zero(one_process):
+@pytest.mark.parametrize("seq", [(), (3,)])
+def test_examples_with_the_same_importances_are_counted_as_often_as_they_come(seq):
+    upper = {"a": torch.rand(3, *seq, 2), "b": torch.rand(3, *seq, 4)}
+    place = torch.tensor([0, 2, 0, 0, 1, 2])
+    sums = power_sums(with_upper(upper, place), 0.7)
+    wanted = [((u.double().numpy() + 1e-12) ** 0.7)[place].reshape(-1, u.shape[-1]).sum(0)
+              for u in upper.values()]  # fmt: skip
+    np.testing.assert_allclose(sums, [*np.concatenate(wanted), 6 * np.prod(seq)], rtol=1e-5)
+
+
+def test_importance_minimality_has_finite_gradients_at_zero():
     upper = torch.zeros(4, 3, requires_grad=True)
-    sums = power_sums({"a": CausalImportance(upper, upper, upper)}, 0.5)
-    sum_, _ = importance_minimality(sums, 1.0, one_process)
+    sums = power_sums(with_upper({"a": upper}), 0.5)
+    sum_, _ = importance_minimality(sums, 1.0)
     sum_.backward()
     assert upper.grad.isfinite().all()
 

@@ -208,7 +208,7 @@ def test_the_worst_loss_is_above_the_stochastic_one(name, make_config, tms_model
     model = tms_model()
     x = torch.rand(16, 5)
     target_out, inputs = model.run_target(x)
-    ci = model.causal_importances(inputs, model.own_acts(inputs), None)
+    ci, _ = model.causal_importances(inputs, None)
     batch = Batch(x, target_out, inputs, ci, StepRandomness(0, 0, 0, 1, 16, CPU), {})
     stochastic = name.replace("pgd", "stochastic")
     losses = {n: loss_config(make_config, n, "{kind:uniform_k_subset}") for n in (name, stochastic)}

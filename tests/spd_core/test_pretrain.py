@@ -13,7 +13,7 @@ from safetensors.torch import load_model
 from test_transformer import KINDS, make_target_config, seeded
 
 from spd_core import distributed
-from spd_core.config import RunConfig, config_to_yaml
+from spd_core.config import RunConfig
 from spd_core.data.text import load_or_tokenise
 from spd_core.schedule import schedule_value
 from spd_core.targets.pretrain import (
@@ -27,6 +27,7 @@ from spd_core.targets.pretrain import (
 )
 from spd_core.targets.train_target import target_folder
 from spd_core.targets.transformer import build
+from spd_launch.config import config_to_yaml
 
 VOCAB, SEQ = 8, 24
 QUIET = Console(quiet=True)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from spd_core.base_config import ScheduleConfig
 from spd_core.config.losses import ImportanceMinimalityConfig
-from spd_core.schedule import annealed_p, coefficient, schedule_value
+from spd_core.schedule import annealed_p, schedule_value
 
 VALUE = st.floats(1e-5, 10)
 
@@ -45,8 +45,8 @@ def test_falls_steadily(kind, steps):
 
 
 def test_coefficient_is_a_number_or_a_schedule():
-    assert coefficient(0.3, 5, 10) == 0.3
-    assert coefficient(schedule("linear", 0.0, 1.0), 5, 11) == pytest.approx(0.5)
+    assert schedule_value(0.3, 5, 10) == 0.3
+    assert schedule_value(schedule("linear", 0.0, 1.0), 5, 11) == pytest.approx(0.5)
 
 
 def minimality(start, end):

@@ -64,7 +64,7 @@ def test_dense_wants_exactly_k_columns(active):
 
 def test_single_features_go_in_at_three_quarters(tms_model):
     model = tms_model("decompose.ci_fn.kind=shared_mlp")
-    got = single_feature_ci(model, 5, torch.device("cpu"))
+    got = single_feature_ci(model, 5)
     x = 0.75 * torch.eye(5)
     for name, inputs in {"linear1": x, "linear2": x @ model.target.linear1.weight.T}.items():
         g = model.ci_fns[name](inputs, model.components[name].inner_acts(inputs))

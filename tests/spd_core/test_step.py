@@ -41,7 +41,7 @@ LIVELY = ("data.feature_probability=0.6", "train.batch_size=16", "decompose.ci_f
 STEP = 3  # of 6
 
 
-def ignore(_ci):
+def ignore(_batch):
     pass
 
 
@@ -130,7 +130,7 @@ def test_every_microbatch_is_observed_once(make_config, tms_model, one_process):
     for size in (None, 4):
         config = in_parts_of(size, make_config(*LIVELY))
         losses_and_gradients(
-            config, tms_model(), one_process, lambda ci: seen.append(ci["linear1"])
+            config, tms_model(), one_process, lambda batch: seen.append(batch.ci["linear1"])
         )
     whole, *parts = (ci.lower.detach() for ci in seen)
     assert [len(part) for part in parts] == [4] * 4
@@ -195,7 +195,7 @@ def test_coefficients_weigh_losses_and_gradients(make_config, tms_model, one_pro
     model = tms_model()
     optimizer = build_optimizer(scheduled, model)
     result = optimisation_step(
-        Decomposition(scheduled, model, one_process, None), optimizer, STEP, ignore
+        Decomposition(scheduled, model, one_process, None), optimizer, STEP, STEP, ignore
     )
     assert result.total.item() == pytest.approx(4 * losses["stochastic_recon"].item())
 
@@ -206,8 +206,8 @@ def test_p_is_annealed_while_training(make_config, tms_model, one_process):
     seen = []
     config = make_config(*LIVELY, f"losses.importance_minimality={{coeff:1.0,beta:0.0,{anneal}}}")
     losses, _ = losses_and_gradients(config, tms_model(), one_process, seen.append)
-    (ci,) = seen
-    uppers = [module.upper.detach().double().numpy() for module in ci.values()]
+    (batch,) = seen
+    uppers = [module.upper.detach().double().numpy() for module in batch.ci.values()]
     wanted = sum((np.maximum(u, 0) ** 1.5).mean(0).sum() for u in uppers)
     assert wanted > 0.1
     assert losses["importance_minimality"].item() == pytest.approx(wanted, rel=1e-4)

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -165,19 +166,42 @@ def run(code, arguments, **environment) -> str:
     return done.stdout
 
 
+TOKENISE = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from spd_core.data.text import load_or_tokenise
+from spd_core.targets.config import TextDataConfig
+config = TextDataConfig.model_validate_json(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+load_or_tokenise(config, Path(sys.argv[2]), Console())
+"""
+
+
+@pytest.mark.parametrize("moment", [".*", ".*/tokenizer.json", ".*/meta.json"])
+def test_a_kill_while_a_corpus_is_tokenised_leaves_nothing_half(moment, data, tmp_path):
+    command = [sys.executable, "-c", TOKENISE, make().model_dump_json(), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+        while process.poll() is None and not any(tmp_path.glob(moment)):
+            time.sleep(0.0005)
+        process.kill()
+    again = load_or_tokenise(make(), tmp_path, QUIET)
+    for file in data.folder.iterdir():
+        assert (again.folder / file.name).read_bytes() == file.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        again.folder.name, f"{again.folder.name}.lock"
+    }  # fmt: skip
+
+
 def test_processes_that_ask_at_once_get_the_same_corpus(data, tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from spd_core.data.text import load_or_tokenise\n"
-        "from spd_core.targets.config import TextDataConfig\n"
-        "config = TextDataConfig.model_validate_json(sys.argv[1])\n"
-        "print('ready', flush=True); sys.stdin.readline()\n"
-        "load_or_tokenise(config, Path(sys.argv[2]), Console())"
-    )
     leftover = tmp_path / f".{data.folder.name}.partial"
     leftover.mkdir()
     (leftover / "train.bin").write_text("of a process that was killed")
-    command = [sys.executable, "-c", code, make().model_dump_json(), str(tmp_path)]
+    command = [sys.executable, "-c", TOKENISE, make().model_dump_json(), str(tmp_path)]
     pipe = subprocess.PIPE
     both = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
     for process in both:

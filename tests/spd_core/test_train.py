@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,12 @@ from safetensors.torch import load_file
 from spd_core.checkpoint import checkpoint_steps, newest_valid_checkpoint
 from spd_core.config.metrics import MetricsConfig
 from spd_core.data.batches import Decomposition, make_batch
+from spd_core.data.start import faithfulness_warm_up
 from spd_core.losses.distance import faithfulness
 from spd_core.randomness import StepRandomness
 from spd_core.run_dir import read_metrics, write_atomic
 from spd_core.step import accumulate_gradients, coefficients, optimisation_step
-from spd_core.train import build_model, build_optimizer, faithfulness_warm_up, train
+from spd_core.train import build_model, build_optimizer, train
 
 VOLATILE = ("time", "examples_per_s", "eval_cost/", "checkpoint_cost_s")
 
@@ -267,6 +270,130 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(start, make_config):
         assert all(t.isfinite().all() for name, t in state.items() if name.startswith("model:"))
 
 
+BAD = """
+def loss(model, batch, *, draws: list[int]):
+    here = batch.randomness.phase == "train" and batch.randomness.step in draws
+    return batch.target_out.sum() * (float("nan") if here else 0.0), 1
+"""
+
+
+@pytest.fixture
+def bad_draws(make_config, tmp_path, monkeypatch):
+    """A config of 6 steps, saved every 2, that meets a NaN in the batches of these numbers."""
+    (tmp_path / "bad_draws.py").write_text(BAD)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(*draws, on_nan="rewind"):
+        loss = f"+losses.bad={{path: bad_draws.loss, coeff: 1.0, draws: {list(draws)}}}"
+        return make_config(loss, f"train.on_nan={on_nan}")
+
+    return make
+
+
+def crash_after_so_many(n_steps):
+    """Steps, with those that come again."""
+    asked = iter(range(1, 1000))
+
+    def ask(_step, _values):
+        if next(asked) == n_steps:
+            raise KeyboardInterrupt
+        return False
+
+    return ask
+
+
+def rewinds(run_dir):
+    """How often the run went back to step 0, 2, 4 and 6."""
+    return json.loads(run_dir.rewinds_file.read_text())
+
+
+def test_after_a_rewind_other_batches_are_drawn_until_the_next_checkpoint(start, bad_draws):
+    clean, _ = start("clean", bad_draws())
+    run_dir, outcome = start("rewound", bad_draws(2, 8))
+    assert outcome == "finished" and rewinds(run_dir) == [0, 2, 0, 0]
+    losses = [
+        [r["loss/total"] for r in metrics(folder) if "loss/total" in r]
+        for folder in (clean, run_dir)
+    ]
+    assert [len(values) for values in losses] == [6, 6]
+    assert losses[0][:2] == losses[1][:2]
+    assert all(a != b for a, b in zip(losses[0][2:], losses[1][2:], strict=True))
+    assert checkpoint_steps(run_dir) == [4, 6] and not clean.rewinds_file.exists()
+
+
+def test_without_a_checkpoint_a_rewind_goes_to_the_beginning(start, bad_draws):
+    run_dir, outcome = start("rewound", bad_draws(1))
+    assert outcome == "finished" and rewinds(run_dir) == [1, 0, 0, 0]
+    # That of draws 6 and 7 from the same weights.
+    first = next(r["loss/total"] for r in metrics(run_dir) if r["step"] == 1)
+    clean, _ = start("clean", bad_draws())
+    assert first != next(r["loss/total"] for r in metrics(clean) if r["step"] == 1)
+
+
+@pytest.mark.parametrize("n_steps", range(1, 8))
+@pytest.mark.parametrize("end", ["stop", "crash"])
+def test_a_rewound_run_that_ends_anywhere_is_identical(end, n_steps, start, bad_draws):
+    config = bad_draws(3, 5, 11)
+    whole, _ = start("whole", config)
+    if end == "stop":
+        start("ended", config, stop_after(n_steps))
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            start("ended", config, crash_after_so_many(n_steps))
+    run_dir, outcome = start("ended", config)
+    assert outcome == "finished" and rewinds(run_dir) == rewinds(whole) == [0, 1, 2, 0]
+    assert_same_run(whole, run_dir)
+    assert checkpoint_steps(run_dir) == checkpoint_steps(whole)
+
+
+def test_a_rewound_run_that_is_stopped_after_every_step_is_identical(start, bad_draws):
+    config = bad_draws(3, 5, 11)
+    whole, _ = start("whole", config)
+    outcomes = []
+    while "finished" not in outcomes:
+        outcomes.append(start("stopped", config, stop_after(1))[1])
+    assert_same_run(whole, start.folders["stopped"])
+
+
+def test_a_kill_before_a_rewind_is_noted_changes_nothing(start, bad_draws):
+    config = bad_draws(3)
+    whole, _ = start("whole", config)
+    run_dir, _ = start("killed", config, stop_after(4))  # the third comes twice
+    assert rewinds(run_dir) == [0, 1, 0, 0]
+    run_dir.rewinds_file.unlink()
+    shutil.rmtree(run_dir.checkpoints / "step_3")
+    start("killed", config)
+    assert_same_run(whole, run_dir)
+
+
+def test_a_damaged_checkpoint_of_a_rewind_changes_nothing(start, bad_draws):
+    config = bad_draws(5)
+    whole, _ = start("whole", config)
+    with pytest.raises(KeyboardInterrupt):
+        start("damaged", config, crash_after_so_many(6))  # the fifth comes twice
+    run_dir = start.folders["damaged"]
+    assert rewinds(run_dir) == [0, 0, 1, 0]
+    write_atomic(run_dir.checkpoints / "step_4" / "state.safetensors", "broken")
+    start("damaged", config)
+    assert_same_run(whole, run_dir)
+
+
+def test_where_rewinds_do_not_help_the_run_ends_as_without_them(start, bad_draws):
+    words = {}
+    for on_nan in ("stop", "rewind"):
+        with pytest.raises(FloatingPointError) as error:
+            start(on_nan, bad_draws(*range(3, 100, 6), on_nan=on_nan))
+        words[on_nan] = str(error.value)
+    beginnings = {text.split(":")[0] for text in words.values()}
+    assert beginnings == {"not finite at step 4"}
+    assert all("loss/bad nan" in text and "checkpoints: [2]" in text for text in words.values())
+    assert rewinds(start.folders["rewind"]) == [0, 3, 0, 0]
+    assert [r["step"] for r in metrics(start.folders["rewind"]) if "loss/total" in r] == [1, 2, 3]
+    with pytest.raises(FloatingPointError, match="step 4"):  # and does so again
+        start("rewind", bad_draws(*range(3, 100, 6)))
+    assert not start.folders["stop"].rewinds_file.exists()
+
+
 def test_after_each_step_all_ranks_are_told_how_many_are_done(start, make_config):
     told = []
     config = make_config("track.log_every=2")
@@ -311,7 +438,7 @@ def one_step(make_config, make_run_dir, one_process):
         before = {n: p.detach().clone() for n, p in model.trained_parameters().items()}
         optimizer = build_optimizer(config, model)
         result = optimisation_step(
-            Decomposition(config, model, one_process, None), optimizer, 0, lambda _ci: None
+            Decomposition(config, model, one_process, None), optimizer, 0, 0, lambda _ci: None
         )
         return model, before, result
 

@@ -3,8 +3,8 @@ import yaml
 from launch_configs import config
 from pydantic import ValidationError
 
-from spd_core.config import RunConfig, config_to_yaml, load_config
-from spd_launch.config import result_digest, run_config
+from spd_core.config import RunConfig, load_config
+from spd_launch.config import config_to_yaml, result_digest, run_config
 
 
 def test_what_is_trained_is_the_same_wherever_it_runs(tmp_path):

@@ -37,8 +37,12 @@ def test_a_named_run_is_found_wherever_a_run_is(
 
 
 def test_a_wrong_runs_yaml_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "runs.yaml").write_text("- a\n- b\n")
     monkeypatch.chdir(tmp_path)
+    for wrong in ("only words", "5", "a: b: c"):
+        (tmp_path / "runs.yaml").write_text(wrong)
+        with pytest.raises(ValueError, match=r"runs\.yaml is no list of NAME: RUN lines"):
+            named_run("a")
+    (tmp_path / "runs.yaml").write_text("- a\n- b\n")
     with pytest.raises(ValueError, match=r"runs\.yaml is no list of NAME: RUN lines"):
         named_run("a")
     with pytest.raises(LaunchError, match=r"runs\.yaml"):

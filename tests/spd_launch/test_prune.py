@@ -57,3 +57,9 @@ def test_only_the_code_of_launches_that_are_over_goes_and_only_when_told(
     monkeypatch.setattr("sys.argv", ["prune", at_work.launch_id, f"--out-dir={out}", "--yes"])
     assert prune.main() == 0
     assert not at_work.code.exists()
+
+    refs = git(repo, "for-each-ref", "--format=%(refname:lstrip=2)", "refs/snapshots").split()
+    assert refs == ["other"] and "1 snapshot(s) of launches" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["prune", f"--out-dir={out}", "--strays"])
+    assert prune.main() == 0
+    assert git(repo, "for-each-ref", "refs/snapshots") == ""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from launch_configs import config
 
 from spd_launch.errors import LaunchError
-from spd_launch.plan import Task, step_arrays, step_tasks
-from spd_launch.steps import STEPS, Row, check_steps, step_rows
+from spd_launch.plan import Array, Task, step_arrays, step_tasks
+from spd_launch.steps import STEPS, Row, check_steps, step_command, step_rows
+from spd_launch.submit import send_all
 
 ROOT = Path(__file__).parent.parent.parent
 RUN = config()
@@ -20,7 +22,8 @@ TARGET = Row(3, "target-x", {}, None, "target", "x", {})
 
 
 def tasks(names: list[str]) -> list[Task]:
-    return step_tasks(step_rows(names, [*RUNS, TARGET]), {row.name: RUN for row in RUNS})
+    rows = step_rows(names, [*RUNS, TARGET], RUN.launch.parts())
+    return step_tasks(rows, {row.name: RUN for row in RUNS})
 
 
 def arrays(names: list[str], ends: dict[str | None, str], sent: list[str], needs: str = "all"):
@@ -31,7 +34,7 @@ def arrays(names: list[str], ends: dict[str | None, str], sent: list[str], needs
 
 
 def test_a_step_has_a_row_for_each_run_or_one() -> None:
-    rows = step_rows(["evaluate", "report"], [*RUNS, TARGET])
+    rows = step_rows(["evaluate", "report"], [*RUNS, TARGET], RUN.launch.parts())
     assert [(row.index, row.name, row.after, row.goal) for row in rows] == [
         (4, "evaluate-run0", "run0", "evaluate"),
         (5, "evaluate-run1", "run1", "evaluate"),
@@ -40,11 +43,67 @@ def test_a_step_has_a_row_for_each_run_or_one() -> None:
     ]
 
 
+def test_a_step_in_parts_has_several_rows_for_each_run() -> None:
+    parts = config(launch__clustering={"n": 2, "name": "e", "options": ["alpha=2"]}).launch.parts()
+    rows = step_rows(["clustering", "cluster_distances"], RUNS[:2], parts)
+    assert [(row.index, row.name, row.after, row.part) for row in rows] == [
+        (2, "clustering-0-run0", "run0", 0),
+        (3, "clustering-1-run0", "run0", 1),
+        (4, "clustering-0-run1", "run1", 0),
+        (5, "clustering-1-run1", "run1", 1),
+        (6, "cluster_distances-run0", "run0", None),
+        (7, "cluster_distances-run1", "run1", None),
+    ]
+    assert step_command(rows[1], Path("/x"), parts) == [
+        "spd_analysis.clustering", "/x", "alpha=2", "--name=e/seed_1", "seed=1",
+    ]  # fmt: skip
+    assert step_command(rows[4], Path("/x"), parts) == [
+        "spd_analysis.clustering.distances", "/x", "--name=e", "--n=2",
+    ]  # fmt: skip
+    wide = {"checkpoints": "all", "steps": 50, "batch_size": None}
+    for changes, words in ({}, []), ({"launch__evaluate": wide}, ["--all-steps", "--steps=50"]):
+        parts = config(**changes).launch.parts()
+        [evaluate] = step_rows(["evaluate"], RUNS[:1], parts)
+        given = step_command(evaluate, Path("/x"), parts)
+        assert given == ["spd_analysis.evaluate_run", "/x", *words]
+    harvest = step_rows(["harvest"], RUNS[:1], parts)
+    assert step_command(harvest[3], Path("/x"), parts)[2:] == ["--name=default", "--shard=3/4"]
+
+
+def test_the_parts_of_a_run_wait_for_it_together_and_what_follows_waits_for_all_of_them() -> None:
+    parts = {**RUN.launch.parts(), "clustering": {"n": 2, "name": "e", "options": []}}
+    rows = step_rows(["clustering", "cluster_distances"], RUNS[:2], parts)
+    all_tasks = step_tasks(rows, {row.name: RUN for row in RUNS})
+    sent: list[tuple[list[str], str | None]] = []
+
+    def send(array: Array, _n: int, dependency: str | None) -> dict[str, str]:
+        sent.append(([task.run_id for task in array.tasks], dependency))
+        return {t.run_id: f"{len(sent)}_{i}" for i, t in enumerate(array.tasks)}
+
+    # The runs are elements 0 and 1 of job 7, which is at work.
+    live = {"run0": "7_0", "run1": "7_1"}
+    options = RUN.launch.model_copy(update={"then": ["clustering", "cluster_distances"]})
+    all_tasks = [replace(t, config=RUN.model_copy(update={"launch": options})) for t in all_tasks]
+    send_all(all_tasks, [*RUNS[:2], *rows], 100, live, send)
+    assert sent == [
+        (["clustering-0-run0", "clustering-1-run0"], "afterok:7_0"),
+        (["clustering-0-run1", "clustering-1-run1"], "afterok:7_1"),
+        (["cluster_distances-run0"], "afterok:1_0:1_1"),
+        (["cluster_distances-run1"], "afterok:2_0:2_1"),
+    ]
+    sent.clear()
+    send_all(all_tasks, [*RUNS[:2], *rows], 100, {}, send)  # runs that finished before
+    assert sent[0] == ([row.name for row in rows[:4]], None)
+    assert [dependency for _, dependency in sent[1:]] == ["afterok:1_0:1_1", "afterok:1_2:1_3"]
+
+
 def test_wrong_steps_are_named() -> None:
     with pytest.raises(LaunchError, match="no step 'evaluat'; did you mean evaluate"):
         check_steps(["report", "evaluat"], "decomposition")
     with pytest.raises(LaunchError, match="'report' comes 2 times"):
         check_steps(["report", "report"], "decomposition")
+    with pytest.raises(LaunchError, match="'cluster_distances' comes after 'clustering'"):
+        check_steps(["cluster_distances", "clustering"], "decomposition")
     with pytest.raises(LaunchError, match="steps follow runs"):
         check_steps(["report"], "target")
 
@@ -93,13 +152,13 @@ def test_a_step_of_the_launch_waits_for_all() -> None:
 
 def test_a_step_takes_one_process_of_its_runs_profile() -> None:
     [step] = step_tasks(
-        step_rows(["evaluate"], RUNS[:1]), {"run0": config(dp=16, cluster__cpus_per_task=3)}
+        step_rows(["evaluate"], RUNS[:1], RUN.launch.parts()),
+        {"run0": config(dp=16, cluster__cpus_per_task=3)},
     )
     assert (step.nodes, step.tasks_per_node, step.config.cluster.cpus_per_task) == (1, 1, 3)
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_every_step_is_a_command(name: str) -> None:
-    for module in {command.split()[0] for command in STEPS[name].commands}:
-        shown = [sys.executable, "-m", module, "--help"]
-        subprocess.run(shown, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    shown = [sys.executable, "-m", STEPS[name].module, "--help"]
+    subprocess.run(shown, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

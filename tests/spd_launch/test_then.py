@@ -68,6 +68,18 @@ def test_resume_sends_what_did_not_finish_and_what_comes_after_it(tmp_path: Path
     assert again(launch) == [] and one
 
 
+def test_resume_sends_the_parts_that_are_missing_and_what_comes_after_them(tmp_path: Path) -> None:
+    then = ["clustering", "cluster_distances", "report"]
+    two = {"n": 2, "name": "x", "options": []}
+    launch = launched(tmp_path, "finished", launch__then=then, launch__clustering=two)
+    run, first, second, distances, report = (row.name for row in read_rows(launch))
+    for name in (first, distances):
+        finish_step(launch, name)
+    assert again(launch) == [second, distances, report] and run
+    missing = unmet(launch, find_row(read_rows(launch), distances))
+    assert missing == f"{distances} needs 3 of 3; not finished: {second}"
+
+
 @pytest.mark.slow
 def test_steps_run_here_after_the_runs_and_a_failed_one_says_why(tmp_path: Path) -> None:
     out = tmp_path / "meine Läufe"

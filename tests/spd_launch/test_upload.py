@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.parse
+from contextlib import suppress
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,10 +17,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from spd_core.config import config_to_yaml, load_config
+from spd_core.config import load_config
 from spd_core.run_dir import append_metrics, truncate_metrics
 from spd_core.targets.train_target import target_folder
 from spd_launch import upload
+from spd_launch.config import config_to_yaml
 from spd_launch.errors import LaunchError
 from spd_launch.run_record import Status, write_status
 from spd_launch.upload import uploading
@@ -270,8 +273,43 @@ def test_wandb_that_hangs_is_left_behind(method, track, break_wandb, monkeypatch
 
 def test_a_process_that_stands_still_is_left_behind(track, monkeypatch, capfd):
     monkeypatch.setattr(upload, "STOP_S", 0.5)
-    run_dir = track(ONLINE, lambda run_dir, _: os.kill(processes_of(run_dir)[0], signal.SIGSTOP))
+
+    def stand_still(run_dir, _config):
+        while not (found := processes_of(run_dir)):  # it has just been started
+            time.sleep(0.01)
+        os.kill(found[0], signal.SIGSTOP)
+
+    run_dir = track(ONLINE, stand_still)
     assert "no answer within 0.5 s" in the_warning(capfd.readouterr().out, run_dir)
+
+
+def cpu_s(session):
+    """CPU seconds that all processes of a session have used."""
+    ticks = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15])) if int(fields[3]) == session else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.slow
+def test_an_outage_takes_less_than_two_percent_of_a_core(run_folder, monkeypatch):
+    """A server that accepts and never answers, while a line of metrics comes every second."""
+    monkeypatch.setattr(upload, "STOP_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        config, run_dir = run_folder(ONLINE)
+        with uploading(config, run_dir):
+            session, used, deadline = processes_of(run_dir)[0], [0.0] * 4, time.monotonic() + 60
+            while used[-1] < 0.5 or used[-1] - used[-4] > 0.1:  # it is starting
+                assert time.monotonic() < deadline
+                time.sleep(1)
+                used.append(cpu_s(session))
+            for step in range(1, 16):
+                append_metrics(run_dir, {"step": step, "loss/total": 0.5})
+                time.sleep(1)
+            assert 0 < cpu_s(session) - used[-1] < 0.02 * 15
 
 
 def test_what_fails_is_said_while_the_run_goes_on(run_folder, break_wandb, capfd):

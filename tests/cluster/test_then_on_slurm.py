@@ -71,7 +71,8 @@ def test_each_run_is_evaluated_when_it_ends_and_the_report_comes_last(
     shown = command("spd_launch.status", "latest").stdout
     assert "pending" in table_row(shown, "report")
     go.touch()
-    wait_until(folder, long, "finished")
+    followed = command("spd_launch.logs", "latest", "1", "-f").stdout  # until the run has ended
+    assert status(folder, long).state == "finished" and f"runs/{long.run_id}" in followed
     wait_for(lambda: set(states(folder).values()) == {"finished"}, 120, f"all of {states(folder)}")
     wait_for(lambda: queue_is_empty(slurm, folder), 60, "the last job to end")
     assert "spd_analysis.report" in command("spd_launch.logs", "latest", "report").stdout

@@ -1,0 +1,116 @@
+/* Loops of the core that read and write memory once, where PyTorch's operators do many times.
+ * Each works on items [i0, i1), so that threads can share them; arrays are contiguous.
+ */
+#include <stdint.h>
+#include <math.h>
+
+#define BLOCK 64
+#define LEAK 0.01f
+
+/* exp(x) for -87 <= x <= 0, to 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. */
+static inline float exp_negative(float x) {
+    float n = floorf(x * 1.44269504f + 0.5f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t i; float f; } power = { ((int32_t)n + 127) << 23 };
+    return p * power.f;
+}
+
+/* The normal distribution's cdf and density at z (Abramowitz and Stegun 7.1.26, 1.5e-7). */
+static inline void normal(float z, float *cdf, float *density) {
+    float half = 0.5f * z * z;
+    float e = exp_negative(-(half < 87.0f ? half : 87.0f));
+    float a = fabsf(z);
+    float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * a);
+    float p = 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    float tail = 0.5f * p * t * e;
+    *cdf = z >= 0 ? 1.0f - tail : tail;
+    *density = 0.39894228f * e;
+}
+
+/* C scalar MLPs side by side, x -> sum_k w2_k gelu(w1_k x + b1_k) + b2, whose hidden activations
+ * never leave the cache. x, out, grad, gx are (n, C); w1, b1, w2 and their gradients (C, h).
+ */
+void mlps_forward(int64_t c0, int64_t c1, int64_t n, int64_t C, int64_t h, const float *x,
+                  const float *w1, const float *b1, const float *w2, const float *b2, float *out) {
+    for (int64_t j0 = 0; j0 < n; j0 += BLOCK) {
+        int m = n - j0 < BLOCK ? n - j0 : BLOCK;
+        for (int64_t c = c0; c < c1; c++) {
+            float xs[BLOCK], sum[BLOCK], cdf, density;
+            for (int j = 0; j < m; j++) xs[j] = x[(j0 + j) * C + c];
+            for (int j = 0; j < m; j++) sum[j] = b2[c];
+            for (int64_t k = c * h; k < (c + 1) * h; k++)
+                for (int j = 0; j < m; j++) {
+                    float z = w1[k] * xs[j] + b1[k];
+                    normal(z, &cdf, &density);
+                    sum[j] += w2[k] * z * cdf;
+                }
+            for (int j = 0; j < m; j++) out[(j0 + j) * C + c] = sum[j];
+        }
+    }
+}
+
+void mlps_backward(int64_t c0, int64_t c1, int64_t n, int64_t C, int64_t h, const float *x,
+                   const float *w1, const float *b1, const float *w2, const float *b2,
+                   const float *grad, float *gx, float *gw1, float *gb1, float *gw2, float *gb2) {
+    for (int64_t k = c0 * h; k < c1 * h; k++) gw1[k] = gb1[k] = gw2[k] = 0;
+    for (int64_t c = c0; c < c1; c++) gb2[c] = 0;
+    for (int64_t j0 = 0; j0 < n; j0 += BLOCK) {
+        int m = n - j0 < BLOCK ? n - j0 : BLOCK;
+        for (int64_t c = c0; c < c1; c++) {
+            float xs[BLOCK], gs[BLOCK], sum[BLOCK] = {0}, cdf, density, total = 0;
+            for (int j = 0; j < m; j++) xs[j] = x[(j0 + j) * C + c];
+            for (int j = 0; j < m; j++) gs[j] = grad[(j0 + j) * C + c];
+            for (int64_t k = c * h; k < (c + 1) * h; k++) {
+                float s1 = 0, sb = 0, s2 = 0;
+                for (int j = 0; j < m; j++) {
+                    float z = w1[k] * xs[j] + b1[k];
+                    normal(z, &cdf, &density);
+                    float gz = gs[j] * w2[k] * (cdf + z * density);
+                    s1 += gz * xs[j];
+                    sb += gz;
+                    s2 += gs[j] * z * cdf;
+                    sum[j] += gz * w1[k];
+                }
+                gw1[k] += s1;
+                gb1[k] += sb;
+                gw2[k] += s2;
+            }
+            for (int j = 0; j < m; j++) total += gs[j];
+            gb2[c] += total;
+            for (int j = 0; j < m; j++) gx[(j0 + j) * C + c] = sum[j];
+        }
+    }
+}
+
+/* lower = clamp(x, 0, 1); upper = lower up to x = 1, then rising with slope LEAK. */
+void leaky_hard_forward(int64_t i0, int64_t i1, const float *x, float *lower, float *upper) {
+    for (int64_t i = i0; i < i1; i++) {
+        float above = x[i] > 1 ? x[i] - 1 : 0;
+        lower[i] = x[i] > 0 ? (x[i] < 1 ? x[i] : 1) : 0;
+        upper[i] = lower[i] + LEAK * above;
+    }
+}
+
+/* Up to 0 the gradient of lower leaks, but only where descent would raise x. Upper has at its two
+ * corners the slopes that PyTorch gives a clamp: at 0, where ci_fns start, the gradient passes.
+ */
+void leaky_hard_backward(int64_t i0, int64_t i1, const float *x, const float *glower,
+                         const float *gupper, float *gx) {
+    for (int64_t i = i0; i < i1; i++) {
+        float leaked = LEAK * (glower[i] < 0 ? glower[i] : 0);
+        float of_lower = x[i] <= 0 ? leaked : x[i] <= 1 ? glower[i] : 0;
+        float of_upper = x[i] >= 0 && x[i] <= 1 ? gupper[i] : 0;
+        gx[i] = of_lower + of_upper + (x[i] >= 1 ? LEAK * gupper[i] : 0);
+    }
+}

@@ -1,0 +1,129 @@
+"""The compiled loops against the plain formula in double precision."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import erf
+
+from spd_core.data.batches import Decomposition, training_batches
+from spd_core.native import leaky_hard, library, scalar_mlps
+from spd_core.step import accumulate_gradients
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+
+
+def draw(C, hidden, n, scale=1.0):
+    shapes = [(n, C), (C, hidden, 1), (C, hidden, 1), (C, 1, hidden), (C, 1, 1)]
+    return [(scale * torch.randn(shape)).requires_grad_() for shape in shapes]
+
+
+def plain(x, w1, b1, w2, b2):
+    """Values, and the gradients of sum(values * g) by the chain rule written out."""
+    x, w1, b1, w2, b2 = (t.detach().double().numpy() for t in (x, w1, b1, w2, b2))
+    x = x.T
+    z = w1 * x[:, None] + b1
+    cdf, density = (1 + erf(z / np.sqrt(2))) / 2, np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    values = (np.einsum("ck,ckn->cn", w2[:, 0], z * cdf) + b2[:, 0]).T
+
+    def gradients(g):
+        g = g.T
+        gz = g[:, None] * w2.transpose(0, 2, 1) * (cdf + z * density)
+        return [
+            (w1 * gz).sum(1).T,
+            (gz * x[:, None]).sum(2, keepdims=True),
+            gz.sum(2, keepdims=True),
+            (g[:, None] * z * cdf).sum(2)[:, None],
+            g.sum(1)[:, None, None],
+        ]
+
+    return values, gradients
+
+
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 200), st.sampled_from([0.1, 1, 5]))
+def test_values_and_gradients_are_those_of_the_formula(C, hidden, n, scale):
+    arguments = draw(C, hidden, n, scale)
+    values, gradients = plain(*arguments)
+    got = scalar_mlps(*arguments)
+    assert np.abs(got.detach().numpy() - values).max() < 1e-5 * max(1, np.abs(values).max())
+    g = torch.randn(n, C)
+    got.backward(g)
+    for argument, wanted in zip(arguments, gradients(g.double().numpy()), strict=True):
+        assert np.abs(argument.grad.numpy() - wanted).max() < 1e-5 * max(1, np.abs(wanted).max())
+
+
+def test_far_from_zero_gelu_is_zero_or_the_identity():
+    x = torch.tensor([[-1e4], [-30.0], [-13.5], [13.5], [30.0], [1e4]], requires_grad=True)
+    one, zero = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+    out = scalar_mlps(x, one, zero, one, zero)
+    torch.testing.assert_close(out, x.clamp(min=0))
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, (x > 0).float())
+
+
+def test_the_number_of_threads_changes_no_bit():
+    arguments, results = draw(7, 16, 333), []
+    before = torch.get_num_threads()
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        out = scalar_mlps(*arguments)
+        results.append([out, *torch.autograd.grad(out.square().sum(), arguments)])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_no_examples_and_no_contiguous_memory():
+    assert scalar_mlps(*draw(3, 4, 0)).shape == (0, 3)
+    x, *weights = draw(3, 4, 5)
+    torch.testing.assert_close(scalar_mlps(x.T.contiguous().T, *weights), scalar_mlps(x, *weights))
+
+
+@given(st.integers(0, 300))
+def test_leaky_hard_and_its_gradients(n):
+    x, down, up = (2 * torch.randn(3, n), torch.randn(3, n), torch.randn(3, n))
+    leak = 0.01
+    x.requires_grad_()
+    lower, upper = leaky_hard(x)
+    (lower * down + upper * up).sum().backward()
+    v, g_lower, g_upper = (t.detach().double().numpy() for t in (x, down, up))
+    below, above = v <= 0, v > 1
+    np.testing.assert_allclose(lower.detach(), np.clip(v, 0, 1), atol=1e-6)
+    np.testing.assert_allclose(upper.detach(), np.clip(v, 0, 1) + leak * above * (v - 1), atol=1e-6)
+    inside = (g_lower + g_upper) * ~(below | above)
+    wanted = inside + leak * (below * np.minimum(g_lower, 0) + above * g_upper)
+    np.testing.assert_allclose(x.grad, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", ["continuous", "binomial"])
+def test_without_a_compiler_pytorchs_operators_give_the_same(
+    sampling, make_config, tms_model, monkeypatch, one_process
+):
+    config = make_config(f"decompose.sampling={sampling}", "data.feature_probability=0.3")
+    model = tms_model(f"decompose.sampling={sampling}")
+    found = []
+    for compiler in ("cc", "no-such-compiler"):
+        monkeypatch.setenv("CC", compiler)
+        library.cache_clear()
+        if compiler == "cc":
+            assert library() is not None
+        else:
+            with pytest.warns(UserWarning, match="steps take longer"):
+                assert library() is None
+        d = Decomposition(config, model, one_process, None)
+        model.zero_grad()
+        batches, n_micro = training_batches(d, 0)
+        losses, _ = accumulate_gradients(d, batches, n_micro, 0, lambda _batch: None)
+        found.append(losses | {n: p.grad for n, p in model.trained_parameters().items()})
+    monkeypatch.undo()
+    library.cache_clear()
+    for name, compiled in found[0].items():
+        torch.testing.assert_close(compiled, found[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_leaky_hard_passes_the_gradient_of_upper_at_zero():
+    x = torch.zeros(3, requires_grad=True)
+    lower, upper = leaky_hard(x)
+    (lower + upper * torch.tensor([2.0, -3.0, 0.0])).sum().backward()
+    assert x.grad.tolist() == [2.0, -3.0, 0.0]

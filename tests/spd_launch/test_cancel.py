@@ -1,0 +1,56 @@
+"""Cancelling many at once is asked for again; cancelling itself is seen with real processes in
+test_local.py and tests/cluster."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+from launches import launched
+from test_command import ROOT
+from test_errors import no_file_may_hold_anything
+
+from spd_launch import ledger
+from spd_launch.run_record import read_status
+
+LAUNCHER = "import time; time.sleep(600)  # spd_launch"  # the word by which one is told
+
+
+def cancel(out: Path, answer: str) -> tuple[int, str]:
+    """Its exit code and what it said, with this answer typed in a terminal."""
+    ours, theirs = pty.openpty()
+    line = [sys.executable, "-m", "spd_launch.cancel", "latest", f"--out-dir={out}"]
+    with subprocess.Popen(
+        line, cwd=ROOT, stdin=theirs, stdout=subprocess.PIPE, text=True
+    ) as process:
+        os.write(ours, f"{answer}\n".encode())
+        said, _ = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+def test_a_full_disk_does_not_keep_jobs_alive(tmp_path: Path) -> None:
+    launch = launched(tmp_path, "pending")
+    [run] = [row.name for row in ledger.read_rows(launch)]
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER]) as launcher:
+        ledger.note_jobs(launch, "local", {run: f"local-{launcher.pid}"})
+        done = subprocess.run(
+            [sys.executable, "-m", "spd_launch.cancel", "latest", f"--out-dir={tmp_path}"],
+            cwd=ROOT, capture_output=True, text=True, preexec_fn=no_file_may_hold_anything,
+        )  # fmt: skip
+        assert launcher.wait(timeout=60) != 0
+    assert done.returncode == 2 and "File too large" in done.stderr, done.stderr
+
+
+def test_many_live_jobs_are_cancelled_only_when_told_again(tmp_path: Path) -> None:
+    launch = launched(tmp_path, *["pending"] * 21)
+    runs = [row.name for row in ledger.read_rows(launch)]
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER]) as launcher:
+        ledger.note_jobs(launch, "local", dict.fromkeys(runs, f"local-{launcher.pid}"))
+        done, said = cancel(tmp_path, "n")
+        assert done == 1 and "cancel 21 live jobs" in said and launcher.poll() is None
+        done, said = cancel(tmp_path, "y")
+        assert done == 0 and "cancelled 21 live run(s)" in said
+        assert launcher.wait(timeout=60) != 0
+    states = {read_status(launch.run_dir(run)).state for run in runs}  # type: ignore[union-attr]
+    assert states == {"cancelled"}
