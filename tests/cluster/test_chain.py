@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cluster import NO_FIGURES, Cluster, Command, Launch, wait_for
+from cluster import Cluster, Command, Launch, wait_for
 
 from spd_launch import ledger
 from spd_launch.ledger import LaunchDir
@@ -42,7 +42,7 @@ def kill_and_requeue(slurm: Cluster, job: str) -> None:
 def test_three_seeds_to_a_report_although_tasks_are_killed(
     launch: Launch, command: Command, slurm: Cluster
 ) -> None:
-    folder, tasks = launch("-m", "seed=0,1,2", STEPS, *ENSEMBLE, *NO_FIGURES)
+    folder, tasks = launch("-m", "seed=0,1,2", STEPS, *ENSEMBLE)
     runs = [task.run_id for task in tasks if task.goal == "decomposition"]
     jobs = ledger.latest_jobs(folder)
     array = jobs[runs[0]].split("_")[0]
