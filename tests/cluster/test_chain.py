@@ -75,9 +75,7 @@ def test_three_seeds_to_a_report_although_tasks_are_killed(
     assert "nothing to resume: 18 finished" in command("spd_launch.resume", "latest").stdout
 
 
-def test_members_are_added_to_an_ensemble_of_a_finished_run(
-    command: Command, slurm: Cluster, out: Path
-) -> None:
+def test_members_are_added_to_an_ensemble_of_a_finished_run(command: Command, out: Path) -> None:
     [run_dir] = (out / "runs").glob("tms_5-2-seed0-*")
     members = run_dir / "clusterings" / "ensemble"
     before = (members / "seed_1" / "history.npz").stat().st_mtime_ns
@@ -87,11 +85,7 @@ def test_members_are_added_to_an_ensemble_of_a_finished_run(
     ).stdout  # fmt: skip
     assert "run(s)" not in said and "4 step(s)" in said
     folder = ledger.find_launch("latest", out)
-    jobs = ledger.latest_jobs(folder)
-    array = jobs[f"clustering-2-{run_dir.name}"].split("_")[0]
-    waits = slurm.run("squeue", "-h", "-j", jobs[f"cluster_distances-{run_dir.name}"], "-o", "%E")
-    assert all(f"afterok:{array}_{i}" in waits for i in range(3))
-    wait_for_all(folder)
+    wait_for_all(folder)  # the distances fail where a member of the three is missing
     arrays = np.load(members / "distances" / "distances.npz")
     assert arrays["seeds"].tolist() == [0, 1, 2]
     assert (members / "seed_1" / "history.npz").stat().st_mtime_ns == before
