@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks.naive import naive_step
 from spd_core.component_model import ComponentModel
@@ -118,7 +118,8 @@ def make_step(experiment: str, how: How) -> Callable[[int], object]:
 
 def table(results: dict[str, dict], last: dict[str, dict]) -> Table:
     """Seconds and MiB of each way, the ratio to naive, and what it was."""
-    shown = Table("experiment", *(f"{how}, s (MiB)" for how in HOW), "naive / best", "last time")
+    headers = ["experiment", *(f"{how}, s (MiB)" for how in HOW), "naive / best", "last time"]
+    shown = Table(*(Column(header, no_wrap=True) for header in headers))
     for name, ways in results.items():
         cells = [f"{ways[how]['s']:.4f} ({ways[how]['peak_mib']:.0f})" for how in HOW]
         ratio, before = ratio_of(ways), ratio_of(last[name]) if name in last else None

@@ -68,6 +68,5 @@ def _download(project: str, run_id: str, folder: Path) -> RunDir:
             if file.name.startswith(("runs/", "targets/")):
                 file.download(root=str(folder.absolute()), exist_ok=True)
     except (wandb.Error, OSError) as error:
-        hint = "is it the right run, and does `wandb login` know you?"
-        raise ValueError(f"cannot download {project}/{run_id} from W&B: {error}; {hint}") from None
+        raise ValueError(f"no {project}/{run_id} from W&B: {error}; `wandb login`?") from None
     return RunDir(folder.absolute() / "runs" / run_id)

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from spd_launch import ledger, slurm_state
@@ -42,8 +42,8 @@ def main() -> int:
         answer = input(f"cancel {len(live)} live jobs of {launch.launch_id}? [y/N] ")
         if answer.strip().lower() not in ("y", "yes"):
             return 1
-    if wanted is None:
-        slurm_state.cancel_jobs(strangers(launch, in_queue))
+    lost = strangers(launch, in_queue) if wanted is None else []
+    slurm_state.cancel_jobs(lost)
     try:
         ledger.note_jobs(launch, "cancel", {row.row.name: row.job_id for row in live})
     finally:  # also where the disk is full, which may be why they are cancelled
@@ -52,12 +52,15 @@ def main() -> int:
     for row in observe(launch, [row.row for row in observed]):
         if not row.live and row.state not in ("finished", "failed"):
             ledger.mark(launch.folder(row.row), "cancelled")
+    if lost:
+        _wait_while(lambda: not ask_slurm(launch).keys().isdisjoint(lost))
+        print(f"cancelled {len(lost)} job(s) that stood in no file of it")
     print(f"cancelled {len(live)} live run(s) of {launch.launch_id}")
     print(f"to go on: python -m spd_launch.resume {launch.launch_id}")
     return 0
 
 
-def _end(launch: LaunchDir, live: Sequence[Observed], timeout_s: float = 120) -> None:
+def _end(launch: LaunchDir, live: Sequence[Observed]) -> None:
     """Ask for the end of these jobs, and wait for it."""
     if ledger.read_info(launch)["kind"] == "local":
         # One process runs them one after another; a second signal would not let it save.
@@ -66,8 +69,12 @@ def _end(launch: LaunchDir, live: Sequence[Observed], timeout_s: float = 120) ->
     else:
         slurm_state.cancel_jobs(sorted({row.job_id for row in live}))
     rows = [row.row for row in live]
+    _wait_while(lambda: any(row.live for row in observe(launch, rows)))
+
+
+def _wait_while(alive: Callable[[], bool], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
-    while any(row.live for row in observe(launch, rows)):
+    while alive():
         if time.monotonic() > deadline:
             print(f"they have not ended after {timeout_s:.0f} s")
             return

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shlex
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,8 @@ def submit(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> dict[
     limit = slurm_state.array_limit() if len(tasks) > 1 else 1
 
     def send(array: Array, n_arrays: int, dependency: str | None) -> dict[str, str]:
-        return _send(launch, array, python_path, n_arrays, dependency)
+        with _uninterrupted():
+            return _send(launch, array, python_path, n_arrays, dependency)
 
     with term_is_interrupt(), _outside_of_jobs():
         try:
@@ -250,6 +252,25 @@ def _outside_of_jobs() -> Iterator[None]:
         yield
     finally:
         os.environ.update(removed)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold an interruption back until sbatch has answered; sbatch itself inherits the mask.
+
+    What sbatch has asked for may become a job after `_take_back` has looked for what to cancel.
+    """
+    numbers, held = (signal.SIGINT, signal.SIGTERM), list[int]()
+    handlers = [signal.signal(number, lambda number, _: held.append(number)) for number in numbers]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # of this thread, but there are others
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 def _in_slurms_words(words: str, cluster: ClusterConfig) -> str:

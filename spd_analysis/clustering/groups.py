@@ -91,7 +91,7 @@ class Groups:
         new = np.zeros(len(self.sums), np.int64)
         new[self.alive] = np.arange(self.k)
         self.slot_of = new[self.slot_of]
-        self.values = self.values[:, self.alive]
+        self.values = self.values.take(self.alive, axis=1)  # [:, alive] is a transposed copy: slow
         self.co_sums = self.co_sums[np.ix_(self.alive, self.alive)]
         self.sums, self.n_members = self.sums[self.alive], self.n_members[self.alive]
         self.label, self.alive = self.label[self.alive], np.arange(self.k)

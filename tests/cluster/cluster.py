@@ -23,6 +23,21 @@ NO_FIGURES = [
     for name in ("ci_histograms", "component_activation_density", "ci_mean_per_component",
                  "permuted_ci_plots", "uv_plots")
 ]  # fmt: skip
+# Steps that take a second each until a file is there: time to break a run that needs no CPU.
+SLOW = """
+import time
+from pathlib import Path
+
+from spd_core.component_model import ComponentModel
+from spd_core.data.batches import Batch
+from spd_core.losses.distance import LossParts
+
+
+def loss(model: ComponentModel, batch: Batch, *, until: str) -> LossParts:
+    if batch.randomness.step > 10 and not Path(until).exists():
+        time.sleep(1)
+    return batch.target_out.sum() * 0, 1
+"""
 LOSS = """
 import time
 from pathlib import Path

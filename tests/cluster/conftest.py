@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from cluster import LOSS, SMALL, Cluster, Command, Launch
+from cluster import LOSS, NO_FIGURES, SLOW, SMALL, Cluster, Command, Launch
 
 from spd_launch import ledger
 from spd_launch.ledger import LaunchDir
@@ -81,6 +81,24 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("results") / "out"
 
 
+@pytest.fixture(scope="session")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target of SMALL, trained once; targets as jobs have their own test file."""
+    out = tmp_path_factory.mktemp("target")
+    here = ["cluster=local", "launch.goal=target", "launch.snapshot=off", f"launch.out_dir={out}"]
+    line = [sys.executable, "-m", "spd_launch", *SMALL, *here]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out / "targets"
+
+
+@pytest.fixture(scope="module")
+def target(targets: Path, out: Path) -> None:
+    """For the tests of a file that decompose it."""
+    shutil.copytree(targets, out / "targets")
+
+
 @pytest.fixture(scope="module")
 def command(slurm: Cluster, project: Path, out: Path) -> Command:
     ours = {"SPD_OUT_DIR": out, "PYTHONPATH": project, "SLURM_CONF": slurm.conf}
@@ -103,7 +121,7 @@ def command(slurm: Cluster, project: Path, out: Path) -> Command:
 @pytest.fixture
 def launch(command: Command, out: Path) -> Launch:
     def run(*arguments: str) -> tuple[LaunchDir, list[Task]]:
-        command("spd_launch", *SMALL, *arguments)
+        command("spd_launch", *SMALL, *NO_FIGURES, *arguments)
         folder = ledger.find_launch("latest", out)
         return folder, ledger.read_tasks(folder)
 
@@ -115,3 +133,11 @@ def go(project: Path, tmp_path: Path) -> Path:
     """The file that a run of seed 1 waits for, or fails without: see `until`."""
     (project / "stubborn.py").write_text(LOSS)
     return tmp_path / "go"
+
+
+@pytest.fixture
+def slow(project: Path, go: Path) -> list[str]:
+    """Overrides for a run that takes minutes, until `go` exists, and then seconds."""
+    (project / "slow.py").write_text(SLOW)
+    steps = ["train.steps=200", "eval.every=100", "eval.slow_every=200", "checkpoint.every_steps=5"]
+    return [*steps, f"losses.slow={{path: slow.loss, coeff: 1.0, until: '{go}'}}"]

@@ -11,14 +11,11 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from cluster import NO_FIGURES, SMALL, Cluster, Command, Launch, status, until, wait_for, wait_until
+from cluster import SMALL, Cluster, Command, Launch, status, until, wait_for, wait_until
 
 from spd_launch import ledger
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _target(command: Command) -> None:
-    command("spd_launch", *SMALL, "cluster=local", "launch.goal=target")
+pytestmark = pytest.mark.usefixtures("target")
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +93,7 @@ def test_cancelled_by_hand_and_without_accounts(
     launch: Launch, command: Command, slurm: Cluster, go: Path, out: Path, project: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    arguments = ["-m", "seed=1,0", "launch.max_parallel=1", until(go, "wait"), *NO_FIGURES]
+    arguments = ["-m", "seed=1,0", "launch.max_parallel=1", until(go, "wait")]
     folder, [running, pending] = launch(*arguments)
     wait_until(folder, running, "running")
     jobs = ledger.latest_jobs(folder)

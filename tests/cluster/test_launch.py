@@ -16,19 +16,7 @@ from spd_launch import ledger
 from spd_launch.ledger import LaunchDir
 from spd_launch.plan import Task
 
-LONG = ["train.steps=4000", "eval.every=2000", "eval.slow_every=4000", "checkpoint.every_steps=200"]
-HALF_A_MINUTE = [
-    "train.steps=600",
-    "eval.every=300",
-    "eval.slow_every=600",
-    "checkpoint.every_steps=20",
-]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _target(command: Command) -> None:
-    """All tests of this file decompose one target; targets as jobs have their own file."""
-    command("spd_launch", *SMALL, "cluster=local", "launch.goal=target")
+pytestmark = pytest.mark.usefixtures("target")
 
 
 def wait_for_steps(folder: LaunchDir, task: Task) -> None:
@@ -86,27 +74,25 @@ def test_a_multirun_is_one_array(launch: Launch) -> None:
         assert status(folder, task).job_id == jobs[task.run_id]
 
 
-def test_a_preempted_run_saves_and_finishes(launch: Launch, slurm: Cluster) -> None:
-    folder, [task] = launch(*LONG, "cluster.partition=scavenge")
+def test_a_preempted_run_saves_and_finishes(
+    launch: Launch, slurm: Cluster, slow: list[str], go: Path
+) -> None:
+    folder, [task] = launch(*slow, "cluster.partition=scavenge")
     wait_for_steps(folder, task)
     other = slurm.submit("-p", "main", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
     wait_until(folder, task, "stopped", 60)
     stopped_at = status(folder, task).step
-    assert 0 < stopped_at < 4000
+    assert 0 < stopped_at < 200
+    go.touch()
     wait_for(lambda: slurm.state(other) == "COMPLETED", 120, "the higher job to run")
     wait_until(folder, task, "finished", 240)
     assert status(folder, task).attempt == 2
     assert f"continuing from step {stopped_at}" in log(folder)
 
 
-def test_a_run_outlives_its_time_limit(launch: Launch, command: Command) -> None:
-    folder, [task] = launch(
-        *LONG,
-        "train.steps=1000000",  # more than any machine does in a minute
-        "cluster.time_min=1",
-        "cluster.signal_delay_s=15",
-        "dp=2",
-    )
+def test_a_run_outlives_its_time_limit(launch: Launch, command: Command, slow: list[str]) -> None:
+    limits = ("cluster.time_min=1", "cluster.signal_delay_s=15")
+    folder, [task] = launch(*slow, "train.steps=1000", *limits, "dp=2")
     wait_until(folder, task, "stopped", 150)
     stopped_at = status(folder, task).step
     wait_for(lambda: status(folder, task).attempt == 2, 180, "the second attempt")
@@ -118,9 +104,9 @@ def test_a_run_outlives_its_time_limit(launch: Launch, command: Command) -> None
     command("spd_launch.cancel", "latest")
 
 
-def test_requeues_are_bounded(launch: Launch, slurm: Cluster) -> None:
+def test_requeues_are_bounded(launch: Launch, slurm: Cluster, slow: list[str]) -> None:
     limits = ("cluster.time_min=1", "cluster.signal_delay_s=45", "launch.max_requeues=0")
-    folder, [task] = launch(*LONG, "train.steps=1000000", *limits)
+    folder, [task] = launch(*slow, *limits)
     wait_until(folder, task, "stopped", 120)
     [job] = ledger.latest_jobs(folder).values()
     wait_for(lambda: slurm.state(job) == "FAILED", 60, "the job to fail")
@@ -149,32 +135,38 @@ def test_the_snapshot_is_the_dirty_tree_and_deaf(
 
 
 def test_a_killed_task_ends_its_job_and_resume_finishes_it(
-    launch: Launch, command: Command, slurm: Cluster
+    launch: Launch, command: Command, slurm: Cluster, slow: list[str], go: Path
 ) -> None:
-    folder, [task] = launch(*HALF_A_MINUTE, "dp=2", "cluster.requeue=off")
+    folder, [task] = launch(*slow, "dp=2", "cluster.requeue=off")
     wait_for_steps(folder, task)
     assert "1 still live" in command("spd_launch.resume", "latest").stdout
     os.kill(pid_of_rank(folder, 1), signal.SIGKILL)
     [job] = ledger.latest_jobs(folder).values()
     wait_for(lambda: slurm.state(job) == "FAILED", 90, "the job to fail")
+    go.touch()
     command("spd_launch.resume", "latest")
     wait_until(folder, task, "finished", 240)
     assert status(folder, task).attempt == 2
     assert ledger.latest_jobs(folder)[task.run_id] != job
 
 
-def test_a_job_whose_task_is_killed_goes_on_by_itself(launch: Launch) -> None:
-    folder, [task] = launch(*HALF_A_MINUTE, "dp=2")
+def test_a_job_whose_task_is_killed_goes_on_by_itself(
+    launch: Launch, slow: list[str], go: Path
+) -> None:
+    folder, [task] = launch(*slow, "dp=2")
     wait_for_steps(folder, task)
     os.kill(pid_of_rank(folder, 1), signal.SIGKILL)
+    go.touch()
     wait_until(folder, task, "finished", 240)
     assert status(folder, task).attempt == 2
     assert ledger.latest_jobs(folder)[task.run_id] == status(folder, task).job_id
 
 
-def test_a_node_is_lost_with_a_run_that_goes_on_there(launch: Launch, slurm: Cluster) -> None:
+def test_a_node_is_lost_with_a_run_that_goes_on_there(
+    launch: Launch, slurm: Cluster, slow: list[str]
+) -> None:
     """Slurm starts the job elsewhere; what still works on the lost node ends, in favour of that."""
-    folder, [task] = launch(*LONG, "train.steps=30000")
+    folder, [task] = launch(*slow, "train.steps=1000")
     wait_for_steps(folder, task)
     lost = status(folder, task).host
     [slurmd] = [pid for pid, name in slurm_cluster.running(lost).items() if name == "slurmd"]
@@ -189,8 +181,10 @@ def test_a_node_is_lost_with_a_run_that_goes_on_there(launch: Launch, slurm: Clu
         slurm.run("scancel", "--name", folder.launch_id)
 
 
-def test_a_controller_that_is_down_is_asked_again(launch: Launch) -> None:
-    folder, [task] = launch(*HALF_A_MINUTE)
+def test_a_controller_that_is_down_is_asked_again(
+    launch: Launch, slow: list[str], go: Path
+) -> None:
+    folder, [task] = launch(*slow)
     wait_for_steps(folder, task)
     [controller] = [p for p, name in slurm_cluster.running("ctl").items() if name == "slurmctld"]
     os.kill(controller, signal.SIGKILL)
@@ -201,6 +195,7 @@ def test_a_controller_that_is_down_is_asked_again(launch: Launch) -> None:
         assert status(folder, task).state == "stopped"
     finally:
         slurm_cluster.start("ctl", "slurmctld", "-D")
+    go.touch()
     wait_for(lambda: status(folder, task).attempt == 2, 120, "the second attempt")
     wait_until(folder, task, "finished", 240)
 
@@ -247,8 +242,10 @@ def test_a_rank_that_fails_ends_the_others_with_its_error(
     wait_for(lambda: status(folder, task).step == 12, 10, "the step that was reached")
 
 
-def test_a_cancelled_run_stays_cancelled(launch: Launch, command: Command, slurm: Cluster) -> None:
-    folder, [running] = launch(*LONG)
+def test_a_cancelled_run_stays_cancelled(
+    launch: Launch, command: Command, slurm: Cluster, slow: list[str]
+) -> None:
+    folder, [running] = launch(*slow)
     wait_for_steps(folder, running)
     assert "cancelled 1 live run(s)" in command("spd_launch.cancel", "latest").stdout
     [job] = ledger.latest_jobs(folder).values()

@@ -22,9 +22,11 @@ experiments: {tms_5-2: }
 """
 
 
+pytestmark = pytest.mark.usefixtures("target")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _target(command: Command, project: Path) -> None:
-    command("spd_launch", *SMALL, "cluster=local", "launch.goal=target")
+def _sweep(project: Path) -> None:
     (project / "sweeps" / "seeds.yaml").write_text(SWEEP)
 
 
@@ -126,11 +128,12 @@ def test_one_array_refused_takes_the_others_back(command: Command, slurm: Cluste
 def test_a_launch_that_is_ended_as_it_sends_takes_back_what_it_sent(
     project: Path, out: Path, slurm: Cluster, tmp_path: Path
 ) -> None:
-    """Between its two arrays: an sbatch that takes its time after the first."""
+    """As it sends the first of two arrays: an sbatch that takes its time before and after."""
     real = subprocess.check_output(["which", "sbatch"], text=True).strip()
     slow = tmp_path / "bin" / "sbatch"
     slow.parent.mkdir()
-    slow.write_text(f'#!/bin/sh\n{real} "$@" && touch {tmp_path}/sent && sleep 20\n')
+    asks = f'touch {tmp_path}/asked && sleep 3 && {real} "$@" && sleep 1'
+    slow.write_text(f"#!/bin/bash\n{asks}\n")
     slow.chmod(0o755)
     env = {**os.environ, "SPD_OUT_DIR": str(out), "PYTHONPATH": str(project)}
     env["PATH"] = f"{slow.parent}:{env['PATH']}"
@@ -139,21 +142,26 @@ def test_a_launch_that_is_ended_as_it_sends_takes_back_what_it_sent(
         sending = subprocess.Popen(
             [sys.executable, "-m", "spd_launch", *arguments],
             cwd=project, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
         )  # fmt: skip
-        wait_for((tmp_path / "sent").exists, 60, "the first array")
-        sending.send_signal(ending)
+        wait_for((tmp_path / "asked").exists, 60, "the first sbatch")
+        if ending == signal.SIGINT:  # from a terminal it reaches sbatch as well
+            os.killpg(sending.pid, ending)
+        else:
+            sending.send_signal(ending)
         _, said = sending.communicate(timeout=60)
         assert sending.returncode == code, said
-        (tmp_path / "sent").unlink()
+        (tmp_path / "asked").unlink()
         if ending != signal.SIGKILL:
             assert "the 1 job(s) sent before are cancelled" in said and queue(slurm) == []
     # Nobody could take that one back: status knows, and cancel ends it.
-    [lost] = queue(slurm)
+    [lost] = wait_for(lambda: queue(slurm), 30, "what is sent after all")
     run = [sys.executable, "-m"]
     shown = subprocess.check_output([*run, "spd_launch.status", "latest"], env=env, cwd=project)
     assert f"in no file of this launch: {lost}" in shown.decode()
-    subprocess.run([*run, "spd_launch.cancel", "latest"], env=env, cwd=project, check=True)
-    assert queue(slurm) == []
+    said = subprocess.check_output([*run, "spd_launch.cancel", "latest"], env=env, cwd=project)
+    assert "cancelled 1 job(s) that stood in no file" in said.decode()
+    assert queue(slurm) == [], slurm.run("scontrol", "show", "job")
 
 
 def test_a_bad_run_of_many_sends_nothing(command: Command, slurm: Cluster) -> None:

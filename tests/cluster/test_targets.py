@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from cluster import NO_FIGURES, SMALL, Cluster, Command, Launch, log, status, wait_for, wait_until
+from cluster import SMALL, Cluster, Command, Launch, log, status, wait_for, wait_until
 
 from spd_launch import ledger
 from spd_launch.ledger import LaunchDir
@@ -36,7 +36,7 @@ def waits_for(slurm: Cluster, job: str) -> str:
 def test_runs_come_after_the_one_job_that_trains_their_target(
     launch: Launch, command: Command, slurm: Cluster
 ) -> None:
-    folder, tasks = launch("-m", "seed=0,1", *NO_FIGURES)
+    folder, tasks = launch("-m", "seed=0,1")
     *runs, target = tasks
     jobs = ledger.latest_jobs(folder)
     assert len(jobs) == 3 and len({job.split("_")[0] for job in jobs.values()}) == 2

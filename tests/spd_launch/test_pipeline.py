@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 from launch_configs import config
 
-from spd_core.config import config_to_yaml
 from spd_core.run_dir import RunDir
 from spd_launch import ledger
-from spd_launch.config import run_config
+from spd_launch.config import config_to_yaml, run_config
 from spd_launch.errors import LaunchError
 from spd_launch.ledger import pending
 from spd_launch.pipeline import plan_pipeline

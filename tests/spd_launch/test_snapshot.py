@@ -42,7 +42,8 @@ def test_snapshot_is_the_dirty_tree_and_touches_nothing(repo: Path, tmp_path: Pa
     (repo / "gone.py").unlink()
 
     def seen() -> list[str | bytes]:
-        asked = (["status", "--porcelain"], ["log"], ["reflog"], ["stash", "list", "-p"])
+        status = ["--no-optional-locks", "status", "--porcelain"]  # else it may write the index
+        asked = (status, ["log"], ["reflog"], ["stash", "list", "-p"])
         return [(repo / ".git/index").read_bytes(), *(git(repo, *words) for words in asked)]
 
     before = seen()

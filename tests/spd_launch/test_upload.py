@@ -273,7 +273,13 @@ def test_wandb_that_hangs_is_left_behind(method, track, break_wandb, monkeypatch
 
 def test_a_process_that_stands_still_is_left_behind(track, monkeypatch, capfd):
     monkeypatch.setattr(upload, "STOP_S", 0.5)
-    run_dir = track(ONLINE, lambda run_dir, _: os.kill(processes_of(run_dir)[0], signal.SIGSTOP))
+
+    def stand_still(run_dir, _config):
+        while not (found := processes_of(run_dir)):  # it has just been started
+            time.sleep(0.01)
+        os.kill(found[0], signal.SIGSTOP)
+
+    run_dir = track(ONLINE, stand_still)
     assert "no answer within 0.5 s" in the_warning(capfd.readouterr().out, run_dir)
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from cluster import NO_FIGURES, SMALL, Cluster, Command, Launch, status, until, wait_for, wait_until
+from cluster import Cluster, Command, Launch, status, until, wait_for, wait_until
 
 from spd_launch import ledger
 from spd_launch.ledger import LaunchDir
@@ -21,9 +21,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("results") / "meine Läufe"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _target(command: Command) -> None:
-    command("spd_launch", *SMALL, "cluster=local", "launch.goal=target")
+pytestmark = pytest.mark.usefixtures("target")
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +59,7 @@ def table_row(text: str, name: str) -> str:
 def test_each_run_is_evaluated_when_it_ends_and_the_report_comes_last(
     launch: Launch, command: Command, slurm: Cluster, go: Path
 ) -> None:
-    folder, [short, long] = launch("-m", "seed=0,1", BOTH, *NO_FIGURES, until(go, "wait"))
+    folder, [short, long] = launch("-m", "seed=0,1", BOTH, until(go, "wait"))
     jobs = ledger.latest_jobs(folder)
     array = jobs[short.run_id].split("_")[0]
     first, second = f"evaluate-{short.run_id}", f"evaluate-{long.run_id}"
@@ -84,7 +82,7 @@ def test_each_run_is_evaluated_when_it_ends_and_the_report_comes_last(
 def test_nothing_waits_for_a_run_that_failed_and_resume_sends_all_of_it_again(
     launch: Launch, command: Command, slurm: Cluster, go: Path
 ) -> None:
-    folder, [good, bad] = launch("-m", "seed=0,1", BOTH, *NO_FIGURES, until(go, "fail"))
+    folder, [good, bad] = launch("-m", "seed=0,1", BOTH, until(go, "fail"))
     wait_until(folder, bad, "failed")
     wait_for(lambda: queue_is_empty(slurm, folder), 120, "Slurm to give the others up")
     assert states(folder) == {
@@ -104,7 +102,7 @@ def test_nothing_waits_for_a_run_that_failed_and_resume_sends_all_of_it_again(
 
 def test_a_step_that_needs_any_run_goes_ahead(launch: Launch, go: Path) -> None:
     any_ = ["launch.then=[report]", "launch.then_needs=any"]
-    folder, [_, bad] = launch("-m", "seed=0,1", *any_, *NO_FIGURES, until(go, "fail"))
+    folder, [_, bad] = launch("-m", "seed=0,1", *any_, until(go, "fail"))
     wait_until(folder, bad, "failed")
     wait_for(lambda: states(folder)["report"] == "finished", 240, "the report to go ahead")
 
@@ -125,7 +123,7 @@ def test_steps_are_cancelled_with_their_runs(
 def test_what_follows_a_requeued_run_starts_when_that_has_really_ended(
     steps: str, launch: Launch, slurm: Cluster, go: Path
 ) -> None:
-    arguments = ["-m", "seed=0,1", f"launch.then=[{steps}]", *NO_FIGURES, until(go, "wait")]
+    arguments = ["-m", "seed=0,1", f"launch.then=[{steps}]", until(go, "wait")]
     folder, [_, run] = launch(*arguments)
     jobs = ledger.latest_jobs(folder)
     wait_until(folder, run, "running")
