@@ -179,6 +179,9 @@ def _wait_until_lost(scene: Scene, node: str) -> None:
     except TimeoutError as error:
         log = (slurm_cluster.STATE / "slurmctld.log").read_text().splitlines()[-5:]
         raise UnnoticedError(f"{error}: it is {slurm(*shown).split()}; {log}") from None
+    # What still works there ends in these seconds. Were its network back before, its srun would end
+    # the step of the same number elsewhere, which is the new attempt's: that takes a `resume`.
+    time.sleep(15)
 
 
 def controller_down(scene: Scene) -> None:
