@@ -15,21 +15,15 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.step import composed, with_random_target
 from spd_core.checkpoint import save_checkpoint, training_state
-from spd_core.component_model import ComponentModel
 from spd_core.config import CheckpointConfig, RunConfig
-from spd_core.data.batches import Decomposition
 from spd_core.distributed import Dist, any_rank
-from spd_core.randomness import stream
 from spd_core.run_dir import RunDir
 from spd_core.step import optimisation_step
-from spd_core.targets.train_target import untrained_target
 from spd_core.train import build_optimizer
-from spd_launch.compose import compose
-from spd_launch.config import run_config
 from spd_launch.progress import HEARTBEAT_S, Heartbeat
 from spd_launch.task import Stop
-from spd_launch.validate import validate
 
 N_CHECKPOINTS, N_TOLD, N_HEARTBEATS = 5, 10_000, 20
 
@@ -41,24 +35,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     given = parser.parse_args()
-    overrides = [f"+experiment={given.experiment}", "cluster=local"]
-    if given.batch is not None:
-        overrides.append(f"train.batch_size={given.batch}")
-    job = validate(compose(overrides, multirun=False)[0].values)
+    overrides = [] if given.batch is None else [f"train.batch_size={given.batch}"]
+    config, _ = composed(given.experiment, overrides)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that results are on
         run_dir = RunDir(Path(folder) / "runs" / "run")
         run_dir.path.mkdir(parents=True)
         run_dir.metrics_file.touch()
-        print(json.dumps(measure(run_config(job), run_dir, given.steps, given.every)))
+        print(json.dumps(measure(config, run_dir, given.steps, given.every)))
 
 
 def measure(config: RunConfig, run_dir: RunDir, steps: int, every: int) -> dict[str, float | str]:
     """Steps, then checkpoints of what they made, then what each step asks and tells."""
     here = Dist(0, 1, torch.device("cpu"))
-    target = untrained_target(config, run_dir.data, stream(0, "benchmark", device=here.device))
-    model = ComponentModel(target, config.decompose, config.seed)
-    optimizer, d = build_optimizer(config, model), Decomposition(config, model, here, run_dir.data)
+    d = with_random_target(config, run_dir.data, here)
+    optimizer = build_optimizer(config, d.model)
     step_s, step_cpu_s = [], []
     for step in range(steps + 2):
         started, cpu = time.perf_counter(), time.process_time()
@@ -69,7 +60,7 @@ def measure(config: RunConfig, run_dir: RunDir, steps: int, every: int) -> dict[
     options = CheckpointConfig(every_steps=every, keep=2, keep_every=None)
     for step in range(1, N_CHECKPOINTS + 1):
         started, cpu = time.perf_counter(), time.process_time()
-        state = training_state(model, optimizer, {})
+        state = training_state(d.model, optimizer, {})
         copied_s.append(time.perf_counter() - started)
         save_checkpoint(run_dir, step, state, options)
         written_s.append(time.perf_counter() - started - copied_s[-1])

@@ -44,15 +44,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of a rank")
     parser.add_argument("--dp", type=int, default=1, help="data-parallel processes")
     arguments = parser.parse_args()
-    overrides = [f"+experiment={arguments.experiment}", "cluster=local"]
-    if arguments.batch is not None:
-        overrides.append(f"train.batch_size={arguments.batch}")
-    overrides.append(f"dp={arguments.dp}")
-    job = validate(compose(overrides, multirun=False)[0].values)
-    config, data, port = run_config(job), job.launch.out_dir / "data", free_port("step", 0)
+    overrides = [] if arguments.batch is None else [f"train.batch_size={arguments.batch}"]
+    config, data = composed(arguments.experiment, [*overrides, f"dp={arguments.dp}"])
+    port = free_port("step", 0)
     shared = (config, data, arguments.steps, arguments.device, arguments.threads, port)
     os.environ.update(MALLOC)  # read as a process starts, so one rank is a process of its own too
     spawn(run_rank, shared, nprocs=arguments.dp)
+
+
+def composed(experiment: str, overrides: list[str]) -> tuple[RunConfig, Path]:
+    """The config of a local run, and where its corpora lie."""
+    words = [f"+experiment={experiment}", "cluster=local", *overrides]
+    job = validate(compose(words, multirun=False)[0].values)
+    return run_config(job), job.launch.out_dir / "data"
+
+
+def with_random_target(config: RunConfig, data: Path, dist: distributed.Dist) -> Decomposition:
+    """A decomposition at its start, of a random target of the experiment's shape."""
+    target = untrained_target(config, data, stream(0, "benchmark", device=torch.device("cpu")))
+    model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
+    return Decomposition(config, model, dist, data)
 
 
 def run_rank(
@@ -77,9 +88,8 @@ def measure(
     config: RunConfig, data: Path, steps: int, dist: distributed.Dist
 ) -> dict[str, float | int | str]:
     """Times of the step on a random target of the experiment's shape."""
-    target = untrained_target(config, data, stream(0, "benchmark", device=torch.device("cpu")))
-    model = ComponentModel(target, config.decompose, config.seed).to(dist.device)
-    optimizer, d = build_optimizer(config, model), Decomposition(config, model, dist, data)
+    d = with_random_target(config, data, dist)
+    optimizer = build_optimizer(config, d.model)
     for step in range(N_WARMUP):
         optimisation_step(d, optimizer, step, step, lambda _ci: None)
     seconds = []
@@ -97,7 +107,7 @@ def measure(
         "p90_s": statistics.quantiles(seconds, n=10)[-1],
         "peak_mib": _peak_mib(dist),
         "tokens_or_examples_per_s": config.train.batch_size / median,
-        "n_params": sum(p.numel() for p in model.trained_parameters().values()),
+        "n_params": sum(p.numel() for p in d.model.trained_parameters().values()),
         "torch": torch.__version__,
         "device": str(dist.device),
         "dp": config.dp,

@@ -24,17 +24,11 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from benchmarks.naive import naive_step
-from spd_core.component_model import ComponentModel
-from spd_core.data.batches import Decomposition
+from benchmarks.step import composed, with_random_target
 from spd_core.distributed import Dist
-from spd_core.randomness import stream
 from spd_core.step import optimisation_step
-from spd_core.targets.train_target import untrained_target
 from spd_core.train import build_optimizer
-from spd_launch.compose import compose
-from spd_launch.config import run_config
 from spd_launch.task import MALLOC
-from spd_launch.validate import validate
 
 How = Literal["naive", "eager", "best"]
 HOW: tuple[How, ...] = ("naive", "eager", "best")
@@ -101,18 +95,12 @@ def serve(line: Connection, experiment: str, how: How, n_threads: int) -> None:
 
 
 def make_step(experiment: str, how: How) -> Callable[[int], object]:
-    overrides = [f"+experiment={experiment}", "cluster=local", *CASES[experiment]]
-    job = validate(compose(overrides, multirun=False)[0].values)
-    config, data, here = run_config(job), job.launch.out_dir / "data", torch.device("cpu")
-    target = untrained_target(config, data, stream(0, "benchmark", device=here))
-    model = ComponentModel(target, config.decompose, config.seed)
+    config, data = composed(experiment, CASES[experiment])
+    d = with_random_target(config, data, Dist(0, 1, torch.device("cpu")))
     if how == "naive":
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-        return lambda step: naive_step(config, model, data, optimizer, step)
-    d, optimizer = (
-        Decomposition(config, model, Dist(0, 1, here), data),
-        build_optimizer(config, model),
-    )
+        naive = torch.optim.AdamW(d.model.parameters(), weight_decay=0.0)
+        return lambda step: naive_step(config, d.model, data, naive, step)
+    optimizer = build_optimizer(config, d.model)
     return lambda step: optimisation_step(d, optimizer, step, step, lambda _batch: None)
 
 

@@ -9,7 +9,6 @@ that are alive count: whose causal importance is above --importance at more than
 of the positions of the run's own evaluation data. Writes summary.json and pictures.
 """
 
-import argparse
 import hashlib
 import json
 import shlex
@@ -29,6 +28,7 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from spd_analysis import command
 from spd_analysis.launches import analysis_folder, rewritten, with_checkpoints
 from spd_analysis.summary import short_names
 from spd_core import distributed
@@ -313,10 +313,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "spd_analysis.compare", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command.parser("spd_analysis.compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="LAUNCH|RUN", help="folders or ids")
     parser.add_argument("--importance", type=float, default=0.1, help="default: 0.1")
     parser.add_argument("--density", type=float, default=0.001, help="default: 0.001")

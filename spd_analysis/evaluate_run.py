@@ -26,6 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from spd_analysis import command
 from spd_analysis.launches import find_runs, rewritten, with_checkpoints
 from spd_analysis.processes import joined, run_here
 from spd_analysis.summary import columns_of, format_value
@@ -216,10 +217,7 @@ def _evaluate_all(arguments: argparse.Namespace, dist: Dist, console: Console) -
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "spd_analysis.evaluate_run", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command.parser("spd_analysis.evaluate_run", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN|LAUNCH", help="folders or ids; or W&B runs")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(

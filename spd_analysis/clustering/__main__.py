@@ -7,7 +7,6 @@ says how to read them) and clustering.png. Fields are those of spd_analysis/clus
 for example seed=1 alpha=0.5 'modules=["*mlp*"]' 'draw={kind: mcmc, temperature: 0.01}'.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from spd_analysis import command
 from spd_analysis.clustering.activations import Activations, collect
 from spd_analysis.clustering.config import DEFAULT, ClusteringConfig, load_config
 from spd_analysis.clustering.cost import rank
@@ -118,11 +118,9 @@ def print_groups(
     console.print(curve)
 
 
+@command.errors_are_told
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "spd_analysis.clustering", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command.parser("spd_analysis.clustering", __doc__)
     parser.add_argument("run", metavar="RUN", help="folder or id of a run; or a W&B run")
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE")
     parser.add_argument("--name", default="default", help="of the results; default: default")
@@ -130,14 +128,10 @@ def main() -> int:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_intermixed_args()
     console = Console()
-    try:
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", given.name):
-            raise ValueError(f"--name {given.name!r}: letters, digits, . _ and - make a name")
-        config, run_dir = load_config(given.config, given.overrides), find_run(given.run)
-        folder = cluster_run(run_dir, given.name, config, given.device, console)
-    except (ValueError, OSError) as error:  # OSError: a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", given.name):
+        raise ValueError(f"--name {given.name!r}: letters, digits, . _ and - make a name")
+    config, run_dir = load_config(given.config, given.overrides), find_run(given.run)
+    folder = cluster_run(run_dir, given.name, config, given.device, console)
     console.print(
         f"wrote {folder}: look at clustering.png\n"
         f"next: python -m spd_launch +pipeline=clustering run={given.run} n=8\n"

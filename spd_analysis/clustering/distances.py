@@ -16,7 +16,6 @@ Members see different data, and so find different subcomponents alive. Common ar
 alive in any; one that is dead in a member is a group of its own there.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -34,6 +33,7 @@ from rich.table import Table
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
+from spd_analysis import command
 from spd_analysis.clustering.history import History, Source, load, members
 from spd_analysis.launches import rewritten
 from spd_core.load import find_run
@@ -244,21 +244,15 @@ def _print(ensemble: Ensemble, arrays: dict[str, np.ndarray], console: Console) 
     )
 
 
+@command.errors_are_told
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "spd_analysis.clustering.distances", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command.parser("spd_analysis.clustering.distances", __doc__)
     parser.add_argument("run", metavar="RUN", help="folder or id of a run")
     parser.add_argument("--name", default="ensemble", help="of the ensemble; default: ensemble")
     parser.add_argument("--n", type=int, help="members that must be there: seeds 0 to N - 1")
     parser.add_argument("--points", type=int, default=50, help="along the merge; default: 50")
     given = parser.parse_args()
-    try:
-        folder = write_distances(find_run(given.run), given.name, given.n, given.points)
-    except (ValueError, OSError) as error:  # OSError: a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = write_distances(find_run(given.run), given.name, given.n, given.points)
     print(
         f"wrote {folder}: look at distances.png\n"
         f"next: python -m spd_launch +pipeline=clustering run={given.run} name={given.name} n=N\n"

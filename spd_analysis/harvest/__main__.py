@@ -17,6 +17,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import Progress
 
+from spd_analysis import command
 from spd_analysis.harvest.collect import collect
 from spd_analysis.harvest.config import DEFAULT, HarvestConfig, load_config
 from spd_analysis.harvest.merge import merge_harvest
@@ -68,11 +69,9 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+@command.errors_are_told
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "spd_analysis.harvest", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command.parser("spd_analysis.harvest", __doc__)
     parser.add_argument("run", metavar="RUN", help="folder or id of a run; or a W&B run")
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE")
     parser.add_argument("--batches", metavar="N", help="short for batches=N")
@@ -83,23 +82,19 @@ def main() -> int:
     given = parser.parse_intermixed_args()
     overrides = [*given.overrides, *([f"batches={given.batches}"] if given.batches else [])]
     console = Console()
-    try:
-        if not re.fullmatch(r"\w[\w.-]*", given.name):
-            raise ValueError(f"--name {given.name!r}: letters, digits, . _ and - make a name")
-        config, run_dir = load_config(given.config, overrides), find_run(given.run)
-        harvest_shard(run_dir, given.name, config, given.shard or (0, 1), given.device, console)
-        if given.shard is None:
-            merge_harvest(run_dir, given.name, console)
-        else:
-            console.print(
-                f"shard {given.shard[0]} of {given.shard[1]} is in "
-                f"{harvest_folder(run_dir, given.name)}\nnext, when all are there: "
-                f"python -m spd_analysis.harvest.merge {given.run} --name {given.name}",
-                soft_wrap=True, highlight=False,
-            )  # fmt: skip
-    except (ValueError, OSError) as error:  # OSError: a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not re.fullmatch(r"\w[\w.-]*", given.name):
+        raise ValueError(f"--name {given.name!r}: letters, digits, . _ and - make a name")
+    config, run_dir = load_config(given.config, overrides), find_run(given.run)
+    harvest_shard(run_dir, given.name, config, given.shard or (0, 1), given.device, console)
+    if given.shard is None:
+        merge_harvest(run_dir, given.name, console)
+    else:
+        console.print(
+            f"shard {given.shard[0]} of {given.shard[1]} is in "
+            f"{harvest_folder(run_dir, given.name)}\nnext, when all are there: "
+            f"python -m spd_analysis.harvest.merge {given.run} --name {given.name}",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
     return 0
 
 

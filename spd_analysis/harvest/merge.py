@@ -5,13 +5,13 @@
 The package's docstring says what is in them. Shards are left where they are; they may be removed.
 """
 
-import argparse
 import sys
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from spd_analysis import command
 from spd_analysis.harvest.store import harvest_folder, merge
 from spd_core.config import load_config
 from spd_core.data.batches import token_data
@@ -58,19 +58,13 @@ def _token_texts(run_dir: RunDir) -> list[str] | None:
     return [tokenizer.decode([i], skip_special_tokens=False) for i in range(tokens.vocab_size)]
 
 
+@command.errors_are_told
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "spd_analysis.harvest.merge", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command.parser("spd_analysis.harvest.merge", __doc__)
     parser.add_argument("run", metavar="RUN", help="folder or id of a run")
     parser.add_argument("--name", default="default", help="of the harvest; default: default")
     given = parser.parse_args()
-    try:
-        merge_harvest(find_run(given.run), given.name, Console())
-    except (ValueError, OSError) as error:  # OSError: a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    merge_harvest(find_run(given.run), given.name, Console())
     return 0
 
 

@@ -1,0 +1,28 @@
+"""What the commands of this package have in common: how they are called, and how they fail."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import wraps
+
+
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m MODULE`; its help keeps the lines of the module's docstring."""
+    return argparse.ArgumentParser(
+        module, description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+
+
+def errors_are_told(main: Callable[[], int]) -> Callable[[], int]:
+    """What the user can mend, a wrong reference or a full disk say, is one line and code 2."""
+
+    @wraps(main)
+    def told() -> int:
+        try:
+            return main()
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return told
