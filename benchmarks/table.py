@@ -3,7 +3,8 @@
     python -m benchmarks.table [--steps N] [--threads N] [--only EXPERIMENT ...]
 
 Each of the three is a process of its own, and they take turns of one step. `eager` is the core
-without its compiled loops. Writes benchmarks/results/step.json, which the next call compares with.
+without its compiled loops. Writes
+benchmarks/results/step-N-threads.json, which the next call with as many threads compares with.
 """
 
 import argparse
@@ -38,7 +39,7 @@ CASES = {
     "resid_mlp2": [],
     "ss_llama_simple": ["data=stories", "train.batch_size=4", "data.seq_len=256"],
 }
-RESULTS = Path(__file__).parent / "results" / "step.json"
+RESULTS = Path(__file__).parent / "results"
 N_WARMUP = 3
 REGRESSION = 1.2  # of the ratio to naive; less is the noise of a shared machine
 
@@ -49,12 +50,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     given = parser.parse_args()
-    last = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    file = RESULTS / f"step-{given.threads}-threads.json"
+    last = json.loads(file.read_text()) if file.exists() else {}
     results = {name: measure(name, given.steps, given.threads) for name in given.only}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(last | results, indent=1) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(last | results, indent=1) + "\n")
     Console().print(table(results, last))
-    print(f"written to {RESULTS}; docs/performance.md says where the time goes")
+    print(f"written to {file}; docs/performance.md says where the time goes")
 
 
 def measure(experiment: str, steps: int, n_threads: int) -> dict[str, dict[str, float]]:
@@ -106,8 +108,10 @@ def make_step(experiment: str, how: How) -> Callable[[int], object]:
 
 def table(results: dict[str, dict], last: dict[str, dict]) -> Table:
     """Seconds and MiB of each way, the ratio to naive, and what it was."""
-    headers = ["experiment", *(f"{how}, s (MiB)" for how in HOW), "naive / best", "last time"]
-    shown = Table(*(Column(header, no_wrap=True) for header in headers))
+    headers = ["experiment", *HOW, "ratio", "last"]
+    columns = (Column(header, no_wrap=True) for header in headers)
+    title = "seconds a step (peak MiB); ratio of naive to best, now and last time"
+    shown = Table(*columns, title=title, title_justify="left")
     for name, ways in results.items():
         cells = [f"{ways[how]['s']:.4f} ({ways[how]['peak_mib']:.0f})" for how in HOW]
         ratio, before = ratio_of(ways), ratio_of(last[name]) if name in last else None
