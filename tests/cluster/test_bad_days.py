@@ -101,8 +101,13 @@ def test_cancelled_by_hand_and_without_accounts(
     slurm.run("scancel", jobs[pending.run_id])
     slurm.run("scancel", jobs[running.run_id])
     wait_for(lambda: not slurm.run("squeue", "-h"), 60, "both jobs to end")
-    shown = command("spd_launch.status", "latest").stdout
-    assert shown.count("cancelled by 0, not finished") == 3  # in the first line, and in each row
+
+    def both_cancelled() -> bool:  # accounting may learn of it a moment later than squeue
+        shown = command("spd_launch.status", "latest").stdout
+        # in the first line, and in each row
+        return shown.count("cancelled by 0, not finished") == 3
+
+    wait_for(both_cancelled, 60, "accounting to hold both as cancelled")
 
     for name in ("squeue", "sbatch", "scontrol", "scancel", "sinfo", "git"):
         (tmp_path / name).symlink_to(str(shutil.which(name)))
