@@ -95,10 +95,10 @@ def check_metrics(config: RunConfig, model: ComponentModel) -> None:
         for problem in _problems(o, names):
             raise ValueError(f"eval.metrics.{metric}.{problem}; decomposed are {', '.join(names)}")
         of_tokens = isinstance(o, options.CeAndKlConfig | options.SubsetCeAndKlConfig)
-        if of_tokens and config.data.kind == "sparse_features":
+        if of_tokens and config.data.kind != "text":
             raise ValueError(
-                f"eval.metrics.{metric} needs a language model, which predicts the next token; "
-                f"the {config.target.kind} target has no tokens: eval.metrics.{metric}=null"
+                f"eval.metrics.{metric} needs a language model, which predicts every next token; "
+                f"the {config.target.kind} target does not: eval.metrics.{metric}=null"
             )
 
 
