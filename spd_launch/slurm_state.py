@@ -85,6 +85,15 @@ def requeue(job_id: str, wait_s: float = 5) -> bool:
         time.sleep(wait_s)
 
 
+def change_comment(job_id: str, old: str, new: str) -> None:
+    """Give a job a comment in place of the old one; what somebody else wrote there stays.
+
+    Of an array it takes ARRAY_TASK: by the plain number the first task would stand for all.
+    """
+    if _slurm("squeue", "-h", "-j", job_id, "-o", "%k").strip() == old:
+        _slurm("scontrol", "update", f"jobid={job_id}", f"comment={new}")
+
+
 def array_limit() -> int:
     """The most tasks of one array on this cluster."""
     config = _slurm("scontrol", "show", "config")

@@ -250,9 +250,12 @@ def setup_file(name: str) -> Path:
 def _outside_of_jobs() -> Iterator[None]:
     """Drop what an enclosing job says about itself; sbatch would hand it to the new job.
 
+    And SBATCH_..., by which sbatch overrides the lines of a script: the profile decides.
     SLURM_CONF stays: it says which cluster.
     """
-    inner = re.compile(r"SLURM_(?!CONF$)|SLURMD_|SRUN_|PMI|RANK$|WORLD_SIZE$|LOCAL_RANK$|MASTER_")
+    inner = re.compile(
+        r"SLURM_(?!CONF$)|SLURMD_|SBATCH_|SRUN_|PMI|RANK$|WORLD_SIZE$|LOCAL_RANK$|MASTER_"
+    )
     removed = {key: os.environ.pop(key) for key in list(os.environ) if inner.match(key)}
     try:
         yield

@@ -124,6 +124,7 @@ def run(launch_dir: str, run_id: str) -> None:
     check_code()
     drop_half_result()
     launch = LaunchDir(Path(launch_dir))
+    os.environ["SPD_LAUNCH"] = launch_dir  # for the upload, a process of its own
     run_dir, config = launch.run_dir(run_id), read_task(launch, run_id).config
     place = place_from_environment(config.cluster.kind)
     _end_with_launcher(config.cluster)

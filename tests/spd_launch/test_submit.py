@@ -115,6 +115,7 @@ def test_an_enclosing_job_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> N
     for name in (
         "SLURM_JOB_ID",
         "SLURM_CONF",
+        "SBATCH_PARTITION",
         "SRUN_CPUS_PER_TASK",
         "RANK",
         "MASTER_ADDR",
@@ -125,6 +126,7 @@ def test_an_enclosing_job_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> N
         assert "SLURM_CONF" in os.environ
         assert not {
             "SLURM_JOB_ID",
+            "SBATCH_PARTITION",
             "SRUN_CPUS_PER_TASK",
             "RANK",
             "MASTER_ADDR",
