@@ -95,10 +95,10 @@ def check_metrics(config: RunConfig, model: ComponentModel) -> None:
         for problem in _problems(o, names):
             raise ValueError(f"eval.metrics.{metric}.{problem}; decomposed are {', '.join(names)}")
         of_tokens = isinstance(o, options.CeAndKlConfig | options.SubsetCeAndKlConfig)
-        if of_tokens and config.data.kind == "sparse_features":
+        if of_tokens and config.data.kind != "text":
             raise ValueError(
-                f"eval.metrics.{metric} needs a language model, which predicts the next token; "
-                f"the {config.target.kind} target has no tokens: eval.metrics.{metric}=null"
+                f"eval.metrics.{metric} needs a language model, which predicts every next token; "
+                f"the {config.target.kind} target does not: eval.metrics.{metric}=null"
             )
 
 
@@ -171,10 +171,8 @@ def _sums(name: str, o: Any, at: Evaluation, batch: Batch, i: int) -> Sums:
                 pairs |= {f"mmcs/{module}": (mmcs, 1), f"ml2r/{module}": (ml2r, 1)}
             return at.pairs(pairs)
         case "pgd_multibatch_recon" if i == 0:
-            n = o.n_batches
-            return at.losses(
-                {name: o}, lambda: (evaluation_batch(at, k, name) for k in range(n)), n
-            )
+            n, draw = o.n_batches, partial(evaluation_batch, at, purpose=name)
+            return at.losses({name: o}, lambda: map(draw, range(n)), n)
         case "ci_histograms":
             return ci.histogram_sums(batch.ci)
         case "component_activation_density":

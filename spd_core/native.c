@@ -1,5 +1,5 @@
 /* Loops of the core that read and write memory once, where PyTorch's operators do many times.
- * Each works on items [i0, i1), so that threads can share them; arrays are contiguous.
+ * Arrays are contiguous; those that a loop adds to begin at zero.
  */
 #include <stdint.h>
 #include <math.h>
@@ -41,11 +41,12 @@ static inline void normal(float z, float *cdf, float *density) {
 /* C scalar MLPs side by side, x -> sum_k w2_k gelu(w1_k x + b1_k) + b2, whose hidden activations
  * never leave the cache. x, out, grad, gx are (n, C); w1, b1, w2 and their gradients (C, h).
  */
-void mlps_forward(int64_t c0, int64_t c1, int64_t n, int64_t C, int64_t h, const float *x,
-                  const float *w1, const float *b1, const float *w2, const float *b2, float *out) {
+void mlps_forward(int threads, int64_t n, int64_t C, int64_t h, const float *x, const float *w1,
+                  const float *b1, const float *w2, const float *b2, float *out) {
+    #pragma omp parallel for num_threads(threads)
     for (int64_t j0 = 0; j0 < n; j0 += BLOCK) {
         int m = n - j0 < BLOCK ? n - j0 : BLOCK;
-        for (int64_t c = c0; c < c1; c++) {
+        for (int64_t c = 0; c < C; c++) {
             float xs[BLOCK], sum[BLOCK], cdf, density;
             for (int j = 0; j < m; j++) xs[j] = x[(j0 + j) * C + c];
             for (int j = 0; j < m; j++) sum[j] = b2[c];
@@ -60,14 +61,15 @@ void mlps_forward(int64_t c0, int64_t c1, int64_t n, int64_t C, int64_t h, const
     }
 }
 
-void mlps_backward(int64_t c0, int64_t c1, int64_t n, int64_t C, int64_t h, const float *x,
-                   const float *w1, const float *b1, const float *w2, const float *b2,
-                   const float *grad, float *gx, float *gw1, float *gb1, float *gw2, float *gb2) {
-    for (int64_t k = c0 * h; k < c1 * h; k++) gw1[k] = gb1[k] = gw2[k] = 0;
-    for (int64_t c = c0; c < c1; c++) gb2[c] = 0;
+/* Each thread has its own c throughout, which a static schedule without waiting gives it. */
+void mlps_backward(int threads, int64_t n, int64_t C, int64_t h, const float *x, const float *w1,
+                   const float *b1, const float *w2, const float *b2, const float *grad, float *gx,
+                   float *gw1, float *gb1, float *gw2, float *gb2) {
+    #pragma omp parallel num_threads(threads)
     for (int64_t j0 = 0; j0 < n; j0 += BLOCK) {
         int m = n - j0 < BLOCK ? n - j0 : BLOCK;
-        for (int64_t c = c0; c < c1; c++) {
+        #pragma omp for schedule(static) nowait
+        for (int64_t c = 0; c < C; c++) {
             float xs[BLOCK], gs[BLOCK], sum[BLOCK] = {0}, cdf, density, total = 0;
             for (int j = 0; j < m; j++) xs[j] = x[(j0 + j) * C + c];
             for (int j = 0; j < m; j++) gs[j] = grad[(j0 + j) * C + c];
@@ -94,8 +96,9 @@ void mlps_backward(int64_t c0, int64_t c1, int64_t n, int64_t C, int64_t h, cons
 }
 
 /* lower = clamp(x, 0, 1); upper = lower up to x = 1, then rising with slope LEAK. */
-void leaky_hard_forward(int64_t i0, int64_t i1, const float *x, float *lower, float *upper) {
-    for (int64_t i = i0; i < i1; i++) {
+void leaky_hard_forward(int threads, int64_t n, const float *x, float *lower, float *upper) {
+    #pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++) {
         float above = x[i] > 1 ? x[i] - 1 : 0;
         lower[i] = x[i] > 0 ? (x[i] < 1 ? x[i] : 1) : 0;
         upper[i] = lower[i] + LEAK * above;
@@ -105,9 +108,10 @@ void leaky_hard_forward(int64_t i0, int64_t i1, const float *x, float *lower, fl
 /* Up to 0 the gradient of lower leaks, but only where descent would raise x. Upper has at its two
  * corners the slopes that PyTorch gives a clamp: at 0, where ci_fns start, the gradient passes.
  */
-void leaky_hard_backward(int64_t i0, int64_t i1, const float *x, const float *glower,
+void leaky_hard_backward(int threads, int64_t n, const float *x, const float *glower,
                          const float *gupper, float *gx) {
-    for (int64_t i = i0; i < i1; i++) {
+    #pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++) {
         float leaked = LEAK * (glower[i] < 0 ? glower[i] : 0);
         float of_lower = x[i] <= 0 ? leaked : x[i] <= 1 ? glower[i] : 0;
         float of_upper = x[i] >= 0 && x[i] <= 1 ? gupper[i] : 0;

@@ -16,9 +16,10 @@ from spd_core import checkpoint, distributed
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.data.batches import Batch, Decomposition
-from spd_core.data.start import start_components
+from spd_core.data.start import start_from_examples
 from spd_core.distributed import Dist, over_ranks
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
+from spd_core.losses.distance import faithfulness
 from spd_core.metrics import Sums, add, means
 from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
 from spd_core.parts import check_parts
@@ -105,7 +106,9 @@ def _start(config: RunConfig, run_dir: RunDir, dist: Dist) -> tuple[Training, in
     step, *rewinds = found.tolist()
     t = Training(config, model, dist, run_dir.data, optimizer, ago, rewinds)
     if step == 0:
-        start_components(t)
+        if config.decompose.start == "examples":
+            start_from_examples(t)
+        faithfulness_warm_up(config, model)
     else:
         folder = run_dir.checkpoints / f"step_{step}"
         extra = checkpoint.load_checkpoint(folder, model, optimizer)
@@ -117,6 +120,17 @@ def _start(config: RunConfig, run_dir: RunDir, dist: Dist) -> tuple[Training, in
     for tensor in [*ago.values(), *parameters, *moments]:
         distributed.broadcast(tensor, dist)
     return t, step
+
+
+def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
+    """Fit V U to the target weights before training; the same arithmetic on every rank."""
+    parameters, warmup = model.component_parameters(), config.train.faithfulness_warmup
+    optimizer = torch.optim.AdamW(parameters, warmup.lr, weight_decay=warmup.weight_decay)
+    for _ in range(warmup.steps):
+        sum_, count = faithfulness(model.components)
+        optimizer.zero_grad(set_to_none=True)
+        (sum_ / count).backward()
+        optimizer.step()
 
 
 def _loop(

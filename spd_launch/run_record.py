@@ -11,7 +11,9 @@ from typing import Any, Literal
 from spd_core.base_config import BaseConfig
 from spd_core.run_dir import RunDir, write_atomic
 
-WANDB_URL, ERROR, CRASHES = "wandb_url.txt", "error.txt", "crashes.jsonl"  # in a run's folder
+# In a run's folder.
+WANDB_URL, ERROR = "wandb_url.txt", "error.txt"
+CRASHES, TIME_LIMITS = "crashes.jsonl", "time_limits.jsonl"
 State = Literal["pending", "running", "stopped", "finished", "failed", "cancelled"]
 
 
@@ -45,7 +47,7 @@ def read_wandb_url(run_dir: RunDir) -> str | None:
 
 def note_crash(run_dir: RunDir, job_id: str, error: BaseException) -> bool:
     """Write down at which step a job crashed; whether the run got further than last time."""
-    status, crashes = read_status(run_dir), _crashes(run_dir)
+    status, crashes = read_status(run_dir), _lines(run_dir.path / CRASHES)
     assert status is not None, f"no status of {run_dir.path.name}"
     further = not crashes or status.step > crashes[-1]["step"]
     crashes.append({
@@ -56,13 +58,21 @@ def note_crash(run_dir: RunDir, job_id: str, error: BaseException) -> bool:
     return further
 
 
-def n_crash_requeues(run_dir: RunDir, job_id: str) -> int:
-    """How many turns of this job were for crashes, and not for time limits and preemptions."""
-    return sum(c["requeued"] for c in _crashes(run_dir) if c["job_id"] == job_id)
+def note_time_limit(run_dir: RunDir, job_id: str) -> None:
+    """Write down that this job asked for another turn because its time was over."""
+    limits = [*_lines(run_dir.path / TIME_LIMITS), {"job_id": job_id, "time": time.time()}]
+    write_atomic(run_dir.path / TIME_LIMITS, "".join(json.dumps(x) + "\n" for x in limits))
 
 
-def _crashes(run_dir: RunDir) -> list[dict[str, Any]]:
-    file = run_dir.path / CRASHES
+def n_time_limits(run_dir: RunDir, job_id: str) -> int:
+    """How many turns this job has asked for because its time was over.
+
+    Slurm's own count of restarts also has those after preemptions, lost nodes and crashes.
+    """
+    return sum(x["job_id"] == job_id for x in _lines(run_dir.path / TIME_LIMITS))
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 

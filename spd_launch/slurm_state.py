@@ -3,6 +3,7 @@
 Jobs carry the launch id as their name, which finds them also when a reply of sbatch was lost.
 """
 
+import os
 import re
 import subprocess
 import time
@@ -40,7 +41,20 @@ def ended_jobs(job_ids: list[str]) -> dict[str, str]:
         lines = _slurm("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", base).splitlines()
     except LaunchError:
         return {}
-    return {job_id: state for job_id, state in (line.split("|", 1) for line in lines)}
+    answers = [line.split("|", 1) for line in lines]
+    return {one: state for job_id, state in answers for one in array_tasks(job_id)}
+
+
+def array_tasks(job_id: str) -> list[str]:
+    """The tasks that Slurm sums up in one line: 7_[1-3,9%2] is 7_1, 7_2, 7_3 and 7_9."""
+    array, summed_up, tasks = job_id.partition("_[")
+    if not summed_up:
+        return [job_id]
+    found: list[str] = []
+    for first, last, step in re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", re.split("[]%]", tasks)[0]):
+        numbers = range(int(first), int(last or first) + 1, int(step or 1))
+        found += [f"{array}_{n}" for n in numbers]
+    return found
 
 
 def cancel_jobs(job_ids: list[str]) -> None:
@@ -71,6 +85,15 @@ def requeue(job_id: str, wait_s: float = 5) -> bool:
         time.sleep(wait_s)
 
 
+def change_comment(job_id: str, old: str, new: str) -> None:
+    """Give a job a comment in place of the old one; what somebody else wrote there stays.
+
+    Of an array it takes ARRAY_TASK: by the plain number the first task would stand for all.
+    """
+    if _slurm("squeue", "-h", "-j", job_id, "-o", "%k").strip() == old:
+        _slurm("scontrol", "update", f"jobid={job_id}", f"comment={new}")
+
+
 def array_limit() -> int:
     """The most tasks of one array on this cluster."""
     config = _slurm("scontrol", "show", "config")
@@ -84,7 +107,9 @@ def partitions() -> list[str]:
 
 def _slurm(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        # Else a long list of an array's tasks is cut short, where Slurm sums them up.
+        env = {**os.environ, "SLURM_BITSTR_LEN": "0"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
         raise LaunchError(
             f"{command[0]} is not on the PATH, so this machine is not a Slurm cluster's; "

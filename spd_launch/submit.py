@@ -28,6 +28,11 @@ from spd_launch.plan import Array, Task, group, step_arrays
 from spd_launch.steps import STEPS, Row
 
 # A rank that dies ends its peers, which would wait for it in a collective for ever.
+# Also where a line of the setup file fails that is not its last one, such as a `module load`.
+FAILED_SETUP = (
+    'echo "cluster.setup: line $LINENO ended with code $?: '
+    '$(sed -n "${LINENO}p" "$BASH_SOURCE")" >&2; exit 1'
+)
 SRUN = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append", "--export=ALL"]
 
 
@@ -210,7 +215,8 @@ def _setup_lines(launch: LaunchDir, cluster: ClusterConfig, python_path: Path) -
     environment = task.rank_environment(cluster, python_path)
     lines = ["umask 002"]
     if cluster.setup:
-        lines.append(f"source {shlex.quote(str(_setup_copy(launch, cluster.setup)))} || exit 1")
+        source = f"source {shlex.quote(str(_setup_copy(launch, cluster.setup)))}"
+        lines += [f"trap '{FAILED_SETUP}' ERR", source, "trap - ERR"]
     return lines + [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
 
 
@@ -244,9 +250,12 @@ def setup_file(name: str) -> Path:
 def _outside_of_jobs() -> Iterator[None]:
     """Drop what an enclosing job says about itself; sbatch would hand it to the new job.
 
+    And SBATCH_..., by which sbatch overrides the lines of a script: the profile decides.
     SLURM_CONF stays: it says which cluster.
     """
-    inner = re.compile(r"SLURM_(?!CONF$)|SLURMD_|SRUN_|PMI|RANK$|WORLD_SIZE$|LOCAL_RANK$|MASTER_")
+    inner = re.compile(
+        r"SLURM_(?!CONF$)|SLURMD_|SBATCH_|SRUN_|PMI|RANK$|WORLD_SIZE$|LOCAL_RANK$|MASTER_"
+    )
     removed = {key: os.environ.pop(key) for key in list(os.environ) if inner.match(key)}
     try:
         yield

@@ -33,7 +33,13 @@ from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_info, read_task
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
 from spd_launch.progress import Heartbeat, StepBar
-from spd_launch.run_record import n_crash_requeues, note_crash, read_status, write_environment
+from spd_launch.run_record import (
+    n_time_limits,
+    note_crash,
+    note_time_limit,
+    read_status,
+    write_environment,
+)
 from spd_launch.upload import uploading
 
 if TYPE_CHECKING:
@@ -116,7 +122,9 @@ def run(launch_dir: str, run_id: str) -> None:
     stop = Stop()
     os.umask(0o002)
     check_code()
+    drop_half_result()
     launch = LaunchDir(Path(launch_dir))
+    os.environ["SPD_LAUNCH"] = launch_dir  # for the upload, a process of its own
     run_dir, config = launch.run_dir(run_id), read_task(launch, run_id).config
     place = place_from_environment(config.cluster.kind)
     _end_with_launcher(config.cluster)
@@ -313,17 +321,30 @@ def check_code() -> None:
             raise RuntimeError(f"{file} was imported, which is not in the launch's code, {code}")
 
 
+def drop_half_result() -> None:
+    """Remove what a kill left of the file that tells submitit how this rank's last attempt ended.
+
+    Submitit would refuse to write it again, and a run that has finished would be called failed.
+    """
+    if "SUBMITIT_FOLDER" in os.environ:
+        from submitit import JobEnvironment
+
+        result = JobEnvironment().paths.result_pickle
+        result.with_name(f"{result.name}.save_tmp").unlink(missing_ok=True)
+
+
 def _leave(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> NoReturn:
     """After a save: wait for Slurm's kill, having asked for another turn if time ran out."""
     if config.cluster.kind == "local":
         sys.exit(STOPPED)
     _wait_for_reason(stop)
     if stop.signal == signal.SIGUSR2 and place.rank == 0:
-        n_limits = place.restart - n_crash_requeues(run_dir, place.job_id)
+        n_limits = n_time_limits(run_dir, place.job_id)
         if config.cluster.requeue == "off" or n_limits >= config.launch.max_requeues:
             print(f"time limit reached after {n_limits} requeues; not requeued again")
             sys.exit(1)
         print(f"saved; to be requeued, {n_limits + 1} of {config.launch.max_requeues}", flush=True)
+        note_time_limit(run_dir, place.job_id)
         if not slurm_state.requeue(os.environ["SLURM_JOB_ID"]):
             sys.exit(1)
     time.sleep(3600)

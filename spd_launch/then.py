@@ -19,7 +19,9 @@ from spd_launch.ledger import LaunchDir
 from spd_launch.progress import Heartbeat
 from spd_launch.run_record import read_status
 from spd_launch.steps import Row, step_command
-from spd_launch.task import STOPPED, Stop, check_code, place_from_environment
+from spd_launch.task import STOPPED, Stop, check_code, drop_half_result, place_from_environment
+
+LATE_S, LOOK_S = 65.0, 5.0  # NFS keeps what it knows of a file and its folder for up to 60 s
 
 
 def run(launch_path: str, name: str) -> None:
@@ -32,6 +34,7 @@ def run(launch_path: str, name: str) -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the time limit is near: no use to a step
     os.umask(0o002)
     check_code()
+    drop_half_result()
     launch = LaunchDir(Path(launch_path))
     row = ledger.find_row(ledger.read_rows(launch), name)
     place = place_from_environment(ledger.read_info(launch)["kind"])
@@ -41,7 +44,8 @@ def run(launch_path: str, name: str) -> None:
     heartbeat = Heartbeat(folder, 1, 1 + (old.attempt if old else 0), place.job_id)
     heartbeat.write("running")
     try:
-        if problem := unmet(launch, row):
+        late_s = 0 if place.job_id.startswith("local") else LATE_S
+        if problem := still_unmet(launch, row, late_s):
             raise LaunchError(problem)
         code, last_line = _command(launch, row)
         if code and not stop():
@@ -56,6 +60,15 @@ def run(launch_path: str, name: str) -> None:
         time.sleep(3600)  # who exits now counts as ended, and is not started again by Slurm
     heartbeat.step = 1
     heartbeat.write("finished")
+
+
+def still_unmet(launch: LaunchDir, row: Row, late_s: float) -> str | None:
+    """`unmet`, asked again for so many seconds: a network file system may show files late."""
+    deadline = time.monotonic() + late_s
+    while (problem := unmet(launch, row)) and time.monotonic() < deadline:
+        print(f"{problem}; looking again", flush=True)
+        time.sleep(LOOK_S)
+    return problem
 
 
 def unmet(launch: LaunchDir, row: Row) -> str | None:

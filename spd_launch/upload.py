@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 from spd_core.config import RunConfig, load_config, named_run
 from spd_core.run_dir import RunDir, write_atomic
+from spd_launch import ledger
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.run_record import WANDB_URL, read_status
 
@@ -74,6 +76,7 @@ def upload(config: RunConfig, run_dir: RunDir, from_step: int | None) -> None:
     import wandb  # takes seconds, and this file is imported where W&B is not wanted
 
     options = config.track.wandb.model_dump()
+    options["group"] = options["group"] or _launch_id(run_dir)
     if from_step is None:
         options["mode"] = "online"
     run = wandb.init(
@@ -89,6 +92,8 @@ def upload(config: RunConfig, run_dir: RunDir, from_step: int | None) -> None:
     print(f"W&B: {offline if run.offline else run.url}", flush=True)
     if not run.offline:
         write_atomic(run_dir.path / WANDB_URL, f"{run.url}\n")
+        if "SPD_LAUNCH" in os.environ:
+            _tell_launch(Path(os.environ["SPD_LAUNCH"]), str(run.url))
     # Offline, W&B does not know what it kept of a run that continues.
     first = (from_step or 0) + 1 if run.offline else run.starting_step
     for record in _records(run_dir.metrics_file, follow=from_step is not None):
@@ -104,6 +109,35 @@ def upload(config: RunConfig, run_dir: RunDir, from_step: int | None) -> None:
     if _state(run_dir) == "finished":
         _save_files(run, run_dir, config)
     run.finish(exit_code=0 if _state(run_dir) in ("finished", "stopped") else 1)
+
+
+def _launch_id(run_dir: RunDir) -> str | None:
+    """Of the launch that trains the run: W&B shows its runs together, unless the user groups them.
+
+    A run that somebody copied here has none.
+    """
+    if "SPD_LAUNCH" in os.environ:
+        return Path(os.environ["SPD_LAUNCH"]).name
+    with suppress(LaunchError):
+        return ledger.find(str(run_dir.path), run_dir.path.parent.parent)[0].launch_id
+    return None
+
+
+def _tell_launch(launch: Path, url: str) -> None:
+    """The run's URL becomes its job's comment; the first of several runs saves a view of them."""
+    if "SLURM_JOB_ID" in os.environ:
+        from spd_launch import slurm_state
+        from spd_launch.task import place_from_environment
+
+        try:
+            job_id = place_from_environment("slurm").job_id
+            slurm_state.change_comment(job_id, launch.name, url)
+        except (LaunchError, subprocess.TimeoutExpired) as error:
+            print(f"the job keeps its comment: {error}", flush=True)
+    if find_spec("wandb_workspaces") is not None:
+        words = [launch.name, "--once", "--out-dir", str(launch.parent.parent)]
+        # It takes seconds, for which the run's values need not wait.
+        subprocess.Popen([sys.executable, "-m", "spd_launch.workspace", *words], stdin=DEVNULL)
 
 
 def _records(metrics_file: Path, follow: bool) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Composed values -> JobConfig, with errors that name the field, the value and the nearest name."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -26,6 +26,24 @@ from spd_launch.errors import LaunchError, nearest
 from spd_launch.steps import check_steps
 
 LLAMA_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+PROCESSES = "dp, cluster.nodes and cluster.gpus_per_node say how many processes run where"
+ANSWER = "the launcher reads the answer of sbatch"
+LOGS = "logs lie where the commands look for them"
+# Options of sbatch that are the launcher's: what it, or a field of its own, decides by them.
+OWN_OPTIONS = {
+    "array": "the launcher knows which task is which run; launch.max_parallel throttles",
+    "job-name": "jobs are found by the launch's id; launch.name is for people",
+    "signal": "cluster.signal_delay_s says when; every rank must hear it, as USR2",
+    "output": LOGS, "error": LOGS, "open-mode": f"{LOGS}, and a requeued job goes on in them",
+    "clusters": "only the Slurm of this machine is asked about jobs",
+    "requeue": "cluster.requeue decides it", "no-requeue": "cluster.requeue decides it",
+    "nodes": PROCESSES, "ntasks": PROCESSES, "ntasks-per-node": PROCESSES,
+    "cpus-per-task": "cluster.cpus_per_task also goes to srun and OMP_NUM_THREADS",
+    "time": "cluster.time_min is also compared with cluster.signal_delay_s",
+    "parsable": ANSWER, "quiet": ANSWER, "wait": ANSWER, "test-only": ANSWER, "wrap": ANSWER,
+}  # fmt: skip
 
 
 def known_modules(target: TargetConfig) -> list[str]:
@@ -107,7 +125,16 @@ def validate(values: dict[str, Any]) -> JobConfig:
             f"cluster.signal_delay_s={cluster.signal_delay_s} is no less than the time limit, "
             f"cluster.time_min={cluster.time_min} min: the job would stop as it starts"
         )
+    _check_options_of_sbatch(cluster.sbatch)
     return config
+
+
+def _check_options_of_sbatch(given: Collection[str]) -> None:
+    """Refuse options that the launcher sets; sbatch also takes an unambiguous beginning of one."""
+    for name in given:
+        for own, why in OWN_OPTIONS.items():
+            if own.startswith(name.replace("_", "-")):
+                raise LaunchError(f"cluster.sbatch.{name}: --{own} is the launcher's: {why}")
 
 
 def _check_step_options(launch: LaunchConfig) -> None:

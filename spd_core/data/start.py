@@ -1,23 +1,13 @@
-"""How subcomponents start: as what their module does to single examples; fitted to its weights."""
+"""Subcomponents that start as what their module does to single examples of the data."""
 
 import torch
 from torch.nn import functional as F
 
-from spd_core.component_model import ComponentModel
 from spd_core.components import tie
-from spd_core.config import RunConfig
 from spd_core.data.batches import Decomposition, draw_examples
-from spd_core.losses.distance import faithfulness
 from spd_core.randomness import StepRandomness, stream
 
 N_EXAMPLES = 1024  # not those of a step, so that microbatches and their size change nothing
-
-
-def start_components(d: Decomposition) -> None:
-    """All that happens to the components between their creation and the first step."""
-    if d.config.decompose.start == "examples":
-        start_from_examples(d)
-    faithfulness_warm_up(d.config, d.model)
 
 
 @torch.no_grad()
@@ -55,14 +45,3 @@ def start_from_examples(d: Decomposition) -> None:
         components.U.copy_(effect / scale)
     for first, second in config.decompose.tied:
         tie(d.model.components[first], d.model.components[second])
-
-
-def faithfulness_warm_up(config: RunConfig, model: ComponentModel) -> None:
-    """Fit V U to the target weights before training; the same arithmetic on every rank."""
-    parameters, warmup = model.component_parameters(), config.train.faithfulness_warmup
-    optimizer = torch.optim.AdamW(parameters, warmup.lr, weight_decay=warmup.weight_decay)
-    for _ in range(warmup.steps):
-        sum_, count = faithfulness(model.components)
-        optimizer.zero_grad(set_to_none=True)
-        (sum_ / count).backward()
-        optimizer.step()

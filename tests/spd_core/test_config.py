@@ -38,7 +38,6 @@ def test_configs_are_frozen(make_config):
     (["train.microbatch_size=32", "dp=2"], r"microbatch_size=32 .* 16 examples"),
     (["+losses.mine={coeff:1.0}"], r"losses.mine.path"),
     (["+losses.mine={coeff:1.0,path:nowhere}"], r"losses.mine.path"),
-    (["eval.every=4"], "slow_every=6"),
     (["train.lr.kind=constant"], "start == end"),
     (["train.lr.warmup_fraction=1.5"], "warmup_fraction"),
     (["losses.importance_minimality.p_anneal_end_frac=0.5"], "p_anneal_end_frac"),

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 
 from spd_core.config import RunConfig
 from spd_core.data.batches import Decomposition, training_batches
-from spd_core.data.start import faithfulness_warm_up
 from spd_core.parts import load_part
 from spd_core.run_dir import read_metrics
-from spd_core.train import build_model, train
+from spd_core.train import build_model, faithfulness_warm_up, train
 from spd_launch.compose import compose
 from spd_launch.errors import LaunchError
 from spd_launch.validate import validate

@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 from spd_core.checkpoint import checkpoint_steps, newest_valid_checkpoint
 from spd_core.config.metrics import MetricsConfig
 from spd_core.data.batches import Decomposition, make_batch
-from spd_core.data.start import faithfulness_warm_up
 from spd_core.losses.distance import faithfulness
 from spd_core.randomness import StepRandomness
 from spd_core.run_dir import read_metrics, write_atomic
 from spd_core.step import accumulate_gradients, coefficients, optimisation_step
-from spd_core.train import build_model, build_optimizer, train
+from spd_core.train import build_model, build_optimizer, faithfulness_warm_up, train
 
 VOLATILE = ("time", "examples_per_s", "eval_cost/", "checkpoint_cost_s")
 

@@ -14,12 +14,11 @@ from spd_core import distributed
 from spd_core.ci_fns import CausalImportance
 from spd_core.config.metrics import AliveComponentsConfig, CiL0Config
 from spd_core.data.batches import Decomposition, training_batches
-from spd_core.data.start import faithfulness_warm_up
 from spd_core.distributed import Dist
 from spd_core.metrics import Sums, add, means
 from spd_core.metrics.ci import l0_sums, n_alive, observe_alive
 from spd_core.run_dir import read_metrics
-from spd_core.train import build_model, train
+from spd_core.train import build_model, faithfulness_warm_up, train
 
 THRESHOLD, C = 0.25, 5
 ONE = Dist(0, 1, torch.device("cpu"))

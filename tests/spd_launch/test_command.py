@@ -44,6 +44,11 @@ BAD = [
     (["experiment=glob(tsm*)", "cluster=local"], r"glob\(tsm\*\)' fits no experiment; did"),
     ([*LOCAL, "target=tmss"], "Could not find 'target/tmss'"),
     (["+experiment=tms_5-2", "cluster=cpu", "cluster.time_min=1"], "cluster.signal_delay_s=60"),
+    (["+experiment=tms_5-2", "cluster=cpu", "+cluster.sbatch.signal=B:USR1@60"],
+     "cluster.sbatch.signal: --signal is the launcher's: cluster.signal_delay_s"),
+    ([*LOCAL, "+cluster.sbatch.open_mode=truncate"], "open_mode: --open-mode .* logs lie where"),
+    ([*LOCAL, "+cluster.sbatch.arr=1-5"], "--array is the launcher's: .* launch.max_parallel"),
+    ([*LOCAL, "+cluster.sbatch.clusters=other"], "only the Slurm of this machine"),
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@ from launch_configs import config
 
 from spd_launch import ledger
 from spd_launch.progress import Heartbeat
-from spd_launch.run_record import n_crash_requeues, note_crash
+from spd_launch.run_record import n_time_limits, note_crash, note_time_limit
 
 
 @pytest.fixture
@@ -31,5 +31,13 @@ def test_a_crash_is_worth_another_turn_only_if_the_run_got_further(make_run_dir)
         heartbeat.at(step)
         told.append(note_crash(run_dir, job, ArithmeticError("boom")))
     assert told == [True, False, False, True]
-    # The others of a job's turns were for time limits and preemptions.
-    assert [n_crash_requeues(run_dir, job) for job in ("7", "8", "9")] == [1, 1, 0]
+
+
+def test_only_turns_asked_for_at_a_time_limit_are_counted_and_by_job(make_run_dir):
+    run_dir = make_run_dir("run")
+    for job in ("7", "8", "7"):
+        note_time_limit(run_dir, job)
+    heartbeat = Heartbeat(run_dir, 50, attempt=1, job_id="7")
+    heartbeat.at(5)
+    assert note_crash(run_dir, "7", ArithmeticError("boom"))
+    assert [n_time_limits(run_dir, job) for job in ("7", "8", "9")] == [2, 1, 0]

@@ -81,10 +81,41 @@ def test_the_setup_file_is_frozen_with_the_launch(
         _copy_setup(launch, config(cluster__setup="mien.sh").cluster)
 
 
+@pytest.mark.parametrize(
+    ("lines", "code", "words"),
+    [
+        ("false || true\nif false; then :; fi\nMINE=1\n", 0, "MINE=1"),
+        (
+            "echo\nmodule load nowhere\nMINE=1\n",
+            1,
+            "line 2 ended with code 127: module load nowhere",
+        ),
+        ("MINE=1\nfalse\n", 1, "line 2 ended with code 1: false"),
+    ],
+    ids=["fine", "in the middle", "at the end"],
+)
+def test_a_line_of_the_setup_file_that_fails_ends_the_job_and_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, code: int, words: str
+) -> None:
+    (tmp_path / "slurm_templates").mkdir()
+    (tmp_path / "slurm_templates/mine.sh").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    run = config(cluster__setup="mine.sh")
+    launch = LaunchDir(tmp_path / "out put" / "now-tms_5-2-ab12")
+    _copy_setup(launch, run.cluster)
+    before = script(launch.path.parent, run).split("# command")[0]
+    done = subprocess.run(
+        ["bash", "-c", f"{before}\nfalse\necho MINE=$MINE"], capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert words in (done.stdout if code == 0 else done.stderr)
+
+
 def test_an_enclosing_job_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "SLURM_JOB_ID",
         "SLURM_CONF",
+        "SBATCH_PARTITION",
         "SRUN_CPUS_PER_TASK",
         "RANK",
         "MASTER_ADDR",
@@ -95,6 +126,7 @@ def test_an_enclosing_job_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> N
         assert "SLURM_CONF" in os.environ
         assert not {
             "SLURM_JOB_ID",
+            "SBATCH_PARTITION",
             "SRUN_CPUS_PER_TASK",
             "RANK",
             "MASTER_ADDR",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from spd_launch.ledger import LaunchDir, find_launch, find_row, read_rows
 from spd_launch.observe import judge
 from spd_launch.resume import to_send
 from spd_launch.run_record import read_error, read_status, write_status
-from spd_launch.then import unmet
+from spd_launch.then import still_unmet, unmet
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -36,6 +37,18 @@ def test_a_step_needs_its_runs_and_the_steps_before_it(tmp_path: Path) -> None:
     for step in (first, second):
         finish_step(launch, step.name)
     assert unmet(launch, report) is None and one.goal == "decomposition"
+
+
+def test_what_a_step_needs_may_show_late(tmp_path: Path) -> None:
+    launch = launched(tmp_path, "running", launch__then=["evaluate"])
+    run, step = read_rows(launch)
+    late = threading.Timer(1, set_state, [launch, run.name, "finished"])
+    late.start()
+    assert (
+        still_unmet(launch, step, late_s=0) == f"{step.name} needs 1 of 1; not finished: {run.name}"
+    )
+    assert still_unmet(launch, step, late_s=30) is None
+    late.join()
 
 
 def test_any_run_will_do_if_that_is_asked(tmp_path: Path) -> None:

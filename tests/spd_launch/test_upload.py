@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from launches import launched
 from PIL import Image
 
 from spd_core.config import load_config
@@ -23,6 +24,7 @@ from spd_core.targets.train_target import target_folder
 from spd_launch import upload
 from spd_launch.config import config_to_yaml
 from spd_launch.errors import LaunchError
+from spd_launch.ledger import read_task_rows
 from spd_launch.run_record import Status, write_status
 from spd_launch.upload import uploading
 
@@ -333,7 +335,7 @@ def server(monkeypatch):
     """Answers as much as a run needs, and remembers it. `silent` makes it accept and not answer."""
 
     class Server(ThreadingHTTPServer):
-        silent, upserts, files, history, last_step = False, [], {}, [], None
+        silent, upserts, views, files, history, last_step = False, [], [], {}, [], None
 
         def handle_error(self, *_args):
             """A client that gave up is no error of ours."""
@@ -384,6 +386,9 @@ def server(monkeypatch):
             project = {"id": "p", "name": "p", "entity": entity}
             bucket = {"id": "r", "name": variables["name"], "project": project, "config": "{}"}
             return {"upsertBucket": {"inserted": True, "bucket": bucket}}
+        if "mutation UpsertView" in body["query"]:
+            Server.views.append(variables)
+            return {"upsertView": {"view": {"id": "v", "name": "nw-v"}, "inserted": True}}
         if "query RunResumeStatus" in body["query"]:
             return {"model": {"id": "p", "name": "p", "entity": entity, "bucket": known()}}
         if "mutation CreateRunFiles" in body["query"]:
@@ -392,6 +397,8 @@ def server(monkeypatch):
                 for name in variables["files"]
             ]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+        if "viewer" in body["query"]:
+            return {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}"}}
         return {}
 
     server = Server(("127.0.0.1", 0), Handler)
@@ -446,6 +453,27 @@ def test_online_sends_values_figures_and_files(track, server, capfd):
 
 
 @pytest.mark.slow
+def test_the_first_run_of_a_sweep_saves_a_view_of_it(server, monkeypatch, tmp_path, run_folder):
+    pytest.importorskip("wandb_workspaces")
+    run_folder(ONLINE)  # the surroundings
+    launch = launched(tmp_path / "out", "running", "running", track__wandb__mode="online")
+    monkeypatch.setenv("SPD_LAUNCH", str(launch.path))
+    for row in read_task_rows(launch):
+        run_dir = launch.run_dir(row.name)
+        with uploading(load_config(run_dir.config_file), run_dir):
+            append_metrics(run_dir, {"step": 1, "loss/total": 0.5})
+            saved, deadline = launch.path / "wandb_view.txt", time.monotonic() + 60
+            while not (saved.exists() and saved.read_text()) and time.monotonic() < deadline:
+                time.sleep(0.2)
+        assert "nw=v" in saved.read_text()
+    groups = {upsert["groupName"] for upsert in server.upserts} - {None}
+    assert groups == {launch.launch_id}
+    (view,) = server.views
+    assert (view["displayName"], view["entityName"]) == (launch.launch_id, "me")
+    assert launch.launch_id in json.dumps(json.loads(view["spec"])["section"]["runSets"])
+
+
+@pytest.mark.slow
 def test_what_wandb_has_is_not_sent_again(track, server):
     run_dir = track(ONLINE, lambda run_dir, _config: save_checkpoint(run_dir, 1))
     server.history.clear()
@@ -464,6 +492,19 @@ def test_what_wandb_lacks_is_sent_later(track, server, upload_command):
     upload_command(run_dir)
     assert losses(server) == {1: 0.0123456, 2: 0.0246912}
     assert b"target" in server.files.values()
+
+
+@pytest.mark.slow
+def test_what_is_sent_later_is_in_the_group_of_its_launch(
+    server, run_folder, tmp_path, upload_command
+):
+    run_folder(ONLINE)  # the surroundings
+    launch = launched(tmp_path / "out", "stopped")
+    (run,) = read_task_rows(launch)
+    append_metrics(launch.run_dir(run.name), {"step": 1, "loss/total": 0.5})
+    upload_command(launch.run_dir(run.name))
+    assert losses(server) == {1: 0.5}
+    assert {upsert["groupName"] for upsert in server.upserts} - {None} == {launch.launch_id}
 
 
 def test_a_folder_that_is_no_run_is_named(make_run_dir, capfd):
