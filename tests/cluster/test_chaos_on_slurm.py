@@ -12,9 +12,7 @@ CHAOS = Path(__file__).parent.parent / "chaos" / "chaos.py"
 
 def test_nothing_that_slurm_does_changes_what_a_run_becomes(slurm: Cluster) -> None:
     env = {**os.environ, "SPD_KEEP_CLUSTER": "1", "SLURM_CONF": str(slurm.conf)}
-    # The first four faults of this seed are those that no other test has: a network that is cut,
-    # `scontrol requeue` as it works, SIGKILL of all ranks, and scancel with a resume.
-    limits = ["--seed", "25", "--faults", "4", "--minutes", "1.5"]
+    limits = ["--faults", "4", "--minutes", "1.5"]  # a run takes two more
     line = [sys.executable, str(CHAOS), "--where", "cluster", *limits]
     done = subprocess.run(line, env=env, capture_output=True, text=True)
     print(done.stdout[-3000:])
