@@ -121,7 +121,7 @@ def on_cluster(options: argparse.Namespace, place: Path, record: Record) -> None
             record.seconds[f"{way}, ours: from there to the first new step"].append(ours)
         (run.orders / "pace").unlink()  # no more waiting
         on_slurm.wait_for(
-            lambda: run.state == "finished" and run.run_dir.report_file.exists(), 300, "its end"
+            lambda: run.state == "finished" and run.run_dir.report_file.exists(), 600, "its end"
         )
 
     with on_slurm.cluster():

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests" / "cluster"))
 import slurm_cluster
 from slurm_cluster import wait_for
 
-CONTROLLER_S = 60
+CONTROLLER_S = 180
 USUAL_PACE_S, SLOW_PACE_S = "0.5", "6"
 ON_CLUSTER = ("cluster=cpu", "cluster.partition=scavenge", "cluster.time_min=20")
 
@@ -175,7 +175,7 @@ def _wait_until_lost(scene: Scene, node: str) -> None:
         return scene.run.attempts > attempt or "down" in slurm(*shown)
 
     try:
-        wait_for(lost, 120, f"{node} to be lost")
+        wait_for(lost, 240, f"{node} to be lost")
     except TimeoutError as error:
         log = (slurm_cluster.STATE / "slurmctld.log").read_text().splitlines()[-5:]
         raise UnnoticedError(f"{error}: it is {slurm(*shown).split()}; {log}") from None
@@ -222,7 +222,7 @@ def strike(fault: Fault, scene: Scene) -> tuple[str, float, float]:
     first new step.
     """
     run, line_s = scene.run, scene.last_line_s()
-    wait_for(lambda: scene.last_line_s() > line_s or run.state == "finished", 180, "a step")
+    wait_for(lambda: scene.last_line_s() > line_s or run.state == "finished", 400, "a step")
     time.sleep(scene.random.random())
     attempt, began = run.attempts, time.time()
     if run.state == "finished":
@@ -237,7 +237,7 @@ def strike(fault: Fault, scene: Scene) -> tuple[str, float, float]:
         forget_orders(run)
         (run.orders / "pace").write_text(USUAL_PACE_S)
         started = time.mktime(time.strptime(scene.shown("StartTime"), "%Y-%m-%dT%H:%M:%S"))
-        wait_for(lambda: scene.last_line_s() > started or run.state == "finished", 180, "a step")
+        wait_for(lambda: scene.last_line_s() > started or run.state == "finished", 400, "a step")
         return how, max(0.0, started - began), scene.last_line_s() - started
     finally:
         for undo in scene.undo:
@@ -246,7 +246,7 @@ def strike(fault: Fault, scene: Scene) -> tuple[str, float, float]:
 
 def _see_it_back(scene: Scene, attempt: int, began: float) -> tuple[str, float]:
     """Wait for the next attempt, by `resume` where the job is over; how it came, and since when."""
-    run, deadline, how = scene.run, time.monotonic() + 240, "requeued"
+    run, deadline, how = scene.run, time.monotonic() + 600, "requeued"
     while run.attempts == attempt and run.state != "finished":
         [row] = observe(run.launch, ledger.read_rows(run.launch)[:1])
         if not row.live:
@@ -254,7 +254,7 @@ def _see_it_back(scene: Scene, attempt: int, began: float) -> tuple[str, float]:
             forget_orders(run)
             out_dir = f"--out-dir={run.launch.path.parent.parent}"
             command("spd_launch.resume", run.launch.launch_id, out_dir)
-            wait_for(lambda: run.attempts > attempt, 180, "the job to start")
+            wait_for(lambda: run.attempts > attempt, 400, "the job to start")
         if time.monotonic() > deadline:
             raise TimeoutError(f"it did not start again: {slurm('squeue')}{slurm('sinfo')}")
         time.sleep(0.3)

@@ -1,11 +1,14 @@
 """What tests use of the running cluster. Not in conftest.py: that name is not unique to import."""
 
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import slurm_cluster
 from slurm_cluster import wait_for
 
 from spd_launch.ledger import LaunchDir
@@ -63,7 +66,7 @@ class Cluster:
     conf: Path
     nodes: list[str]
 
-    def run(self, *command: str | Path, timeout_s: float = 60) -> str:
+    def run(self, *command: str | Path, timeout_s: float = 180) -> str:
         """Run a command on the login host; its standard error is part of any failure."""
         done = subprocess.run(
             [str(part) for part in command], capture_output=True, text=True, timeout=timeout_s
@@ -80,6 +83,33 @@ class Cluster:
         shown = self.run("scontrol", "show", "job", "--oneliner", job)
         return shown.split("JobState=")[1].split()[0]
 
+    def controller(self) -> int:
+        """Its process id."""
+        [found] = [p for p, name in slurm_cluster.running("ctl").items() if name == "slurmctld"]
+        return found
+
+    def stop_controller(self) -> None:
+        """By SIGTERM: killed, it forgets what came to its ears in the last five seconds."""
+        pid = self.controller()
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: pid not in slurm_cluster.running("ctl"), 180, "the controller to end")
+
+    def start_controller(self) -> None:
+        slurm_cluster.start("ctl", "slurmctld", "-D")
+        wait_for(lambda: len(slurm_cluster.node_states()) == 4, 180, "the controller")
+
+    def impatient(self) -> str:
+        """A SLURM_CONF with which commands look two seconds for a controller, and not ten."""
+        conf = self.conf.with_name("impatient.conf")
+        conf.write_text(self.conf.read_text() + "MessageTimeout=2\n")
+        return str(conf)
+
+    def tidy(self) -> None:
+        """End all jobs, and wait until every node can take new ones."""
+        self.run("scancel", "--user=root")
+        wait_for(lambda: not self.run("squeue", "-h"), 180, "all jobs to end")
+        wait_for(lambda: slurm_cluster.node_states() == ["idle"] * 4, 240, "four idle nodes")
+
 
 def status(folder: LaunchDir, task: Task) -> Status:
     found = read_status(folder.run_dir(task.run_id))
@@ -91,7 +121,7 @@ def log(folder: LaunchDir, rank: int = 0) -> str:
     return "".join(f.read_text() for f in sorted(folder.logs.glob(f"*_{rank}_log.out")))
 
 
-def wait_until(folder: LaunchDir, task: Task, state: str, seconds: float = 120) -> None:
+def wait_until(folder: LaunchDir, task: Task, state: str, seconds: float = 400) -> None:
     try:
         wait_for(
             lambda: status(folder, task).state == state, seconds, f"{task.run_id} to be {state}"

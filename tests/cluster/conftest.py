@@ -24,7 +24,7 @@ from spd_launch.plan import Task
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SESSION_LOCK = Path("/run/spd-slurm-session.lock")
-UP_S = 180
+UP_S = 600
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,6 +59,13 @@ def slurm() -> Iterator[Cluster]:
             slurm_cluster_py("down")
 
 
+@pytest.fixture(autouse=True)
+def _tidy(slurm: Cluster) -> Iterator[None]:
+    """What a test started has ended before the next one looks at the queue, or needs four nodes."""
+    yield
+    slurm.tidy()
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working tree as a repository of its own, in a path with a space."""
@@ -88,7 +95,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = ["cluster=local", "launch.goal=target", "launch.snapshot=off", f"launch.out_dir={out}"]
     line = [sys.executable, "-m", "spd_launch", *SMALL, *here]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return out / "targets"
 
@@ -110,7 +117,7 @@ def command(slurm: Cluster, project: Path, out: Path) -> Command:
         line = [sys.executable, "-m", module, *arguments]
         done = subprocess.run(
             line, cwd=project, env=env | variables, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=300,
+            capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
         return done
@@ -139,5 +146,5 @@ def go(project: Path, tmp_path: Path) -> Path:
 def slow(project: Path, go: Path) -> list[str]:
     """Overrides for a run that takes minutes, until `go` exists, and then seconds."""
     (project / "slow.py").write_text(SLOW)
-    steps = ["train.steps=200", "eval.every=100", "eval.slow_every=200", "checkpoint.every_steps=5"]
+    steps = ["train.steps=150", "eval.every=75", "eval.slow_every=150", "checkpoint.every_steps=5"]
     return [*steps, f"losses.slow={{path: slow.loss, coeff: 1.0, until: '{go}'}}"]

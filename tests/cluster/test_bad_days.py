@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import slurm_cluster
 from cluster import SMALL, Cluster, Command, Launch, status, until, wait_for, wait_until
 
 from spd_launch import ledger
@@ -18,24 +16,12 @@ from spd_launch import ledger
 pytestmark = pytest.mark.usefixtures("target")
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left(slurm: Cluster) -> Iterator[None]:
-    yield
-    slurm.run("scancel", "--user=root")
-
-
-def controller() -> int:
-    [found] = [p for p, name in slurm_cluster.running("ctl").items() if name == "slurmctld"]
-    return found
-
-
 @contextmanager
-def controller_comes_back() -> Iterator[None]:
+def controller_comes_back(slurm: Cluster) -> Iterator[None]:
     try:
         yield
     finally:
-        slurm_cluster.start("ctl", "slurmctld", "-D")
-        wait_for(lambda: len(slurm_cluster.node_states()) == 4, 60, "the controller")
+        slurm.start_controller()
 
 
 def test_a_controller_that_is_down_is_said_to_be(
@@ -44,16 +30,17 @@ def test_a_controller_that_is_down_is_said_to_be(
     folder, [task] = launch("+cluster.sbatch.hold=true")
     before = sorted((out / "launches").iterdir()), sorted((out / "runs").iterdir())
     words = "Unable to contact slurm controller"
-    with controller_comes_back():
-        os.kill(controller(), signal.SIGKILL)
-        shown = command("spd_launch.status", "latest").stdout
+    conf = slurm.impatient()
+    with controller_comes_back(slurm):
+        slurm.stop_controller()
+        shown = command("spd_launch.status", "latest", SLURM_CONF=conf).stdout
         assert words in shown and "1 run(s): 1 pending" in shown
         for refused in (
             ["spd_launch", *SMALL, "seed=7"],
             ["spd_launch.cancel", "latest"],
             ["spd_launch.resume", "latest"],
         ):
-            done = command(*refused, code=2)
+            done = command(*refused, code=2, SLURM_CONF=conf)
             assert words in done.stderr and "Traceback" not in done.stderr
         after = sorted((out / "launches").iterdir()), sorted((out / "runs").iterdir())
         assert after == before and status(folder, task).state == "pending"
@@ -68,7 +55,7 @@ def test_a_controller_that_goes_down_between_two_arrays(
     """By an sbatch that ends the controller when it has sent the first."""
     ends_it = tmp_path / "bin" / "sbatch"
     ends_it.parent.mkdir()
-    pid = controller()
+    pid = slurm.controller()
     ends_it.write_text(
         f'#!/bin/sh\n{shutil.which("sbatch")} "$@" || exit $?\n'
         # A zombie, which one that an earlier test started becomes, has no command line.
@@ -76,8 +63,9 @@ def test_a_controller_that_goes_down_between_two_arrays(
     )
     ends_it.chmod(0o755)
     two = [*SMALL, "-m", "dp=1,2", "launch.if_done=rerun", "+cluster.sbatch.hold=true"]
-    with controller_comes_back():
-        done = command("spd_launch", *two, code=2, PATH=f"{ends_it.parent}:{os.environ['PATH']}")
+    path = f"{ends_it.parent}:{os.environ['PATH']}"
+    with controller_comes_back(slurm):
+        done = command("spd_launch", *two, code=2, PATH=path, SLURM_CONF=slurm.impatient())
         folder = ledger.find_launch("latest", out)
         assert "Unable to contact slurm controller" in done.stderr
         assert "What was sent before could not be cancelled" in done.stderr
@@ -100,14 +88,14 @@ def test_cancelled_by_hand_and_without_accounts(
     jobs = ledger.latest_jobs(folder)
     slurm.run("scancel", jobs[pending.run_id])
     slurm.run("scancel", jobs[running.run_id])
-    wait_for(lambda: not slurm.run("squeue", "-h"), 60, "both jobs to end")
+    wait_for(lambda: not slurm.run("squeue", "-h"), 180, "both jobs to end")
 
     def both_cancelled() -> bool:  # accounting may learn of it a moment later than squeue
         shown = command("spd_launch.status", "latest").stdout
         # in the first line, and in each row
         return shown.count("cancelled by 0, not finished") == 3
 
-    wait_for(both_cancelled, 60, "accounting to hold both as cancelled")
+    wait_for(both_cancelled, 180, "accounting to hold both as cancelled")
 
     for name in ("squeue", "sbatch", "scontrol", "scancel", "sinfo", "git"):
         (tmp_path / name).symlink_to(str(shutil.which(name)))
@@ -120,4 +108,4 @@ def test_cancelled_by_hand_and_without_accounts(
     go.touch()
     assert "2 run(s)" in command("spd_launch.resume", "latest").stdout
     for task in (running, pending):
-        wait_until(folder, task, "finished", 240)
+        wait_until(folder, task, "finished")

@@ -26,7 +26,7 @@ def test_they_do_no_harm(command: Command, slurm: Cluster, project: Path, tmp_pa
         wait_until(folder, task, "finished")
     [job] = {ledger.latest_jobs(folder)[task.run_id] for task in ledger.read_tasks(folder)[:1]}
     # The report is written when the run is finished, by the same job.
-    wait_for(lambda: slurm.state(job) == "COMPLETED", 60, "the job to end")
+    wait_for(lambda: slurm.state(job) == "COMPLETED", 240, "the job to end")
     assert "report.html" in log(folder)
     assert str(out) in slurm.run("scontrol", "show", "job", job)
     shown = command("spd_launch.logs", folder.launch_id, "0", "--out-dir", str(out)).stdout

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ def wait_for_steps(folder: LaunchDir, task: Task) -> None:
     """Until it trains; the first line of metrics comes with the first steps."""
     metrics = folder.run_dir(task.run_id).metrics_file
     wait_for(
-        lambda: metrics.exists() and '"step": 10' in metrics.read_text(), 90, "training to begin"
+        lambda: metrics.exists() and '"step": 10' in metrics.read_text(), 300, "training to begin"
     )
 
 
@@ -42,7 +42,7 @@ def test_one_job(command: Command, out: Path, slurm: Cluster) -> None:
         assert needed in shown
     wait_until(folder, task, "finished")
     assert status(folder, task).host in slurm.nodes
-    wait_for(lambda: slurm.state(job) == "COMPLETED", 60, "the job to end")
+    wait_for(lambda: slurm.state(job) == "COMPLETED", 240, "the job to end")
     assert folder.run_dir(task.run_id).report_file.exists()
     assert "finished" in command("spd_launch.status", "latest").stdout
     assert "report.html" in command("spd_launch.logs", "latest").stdout
@@ -80,12 +80,12 @@ def test_a_preempted_run_saves_and_finishes(
     folder, [task] = launch(*slow, "cluster.partition=scavenge")
     wait_for_steps(folder, task)
     other = slurm.submit("-p", "main", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
-    wait_until(folder, task, "stopped", 60)
+    wait_until(folder, task, "stopped")
     stopped_at = status(folder, task).step
-    assert 0 < stopped_at < 200
+    assert 0 < stopped_at < 150
     go.touch()
-    wait_for(lambda: slurm.state(other) == "COMPLETED", 120, "the higher job to run")
-    wait_until(folder, task, "finished", 240)
+    wait_for(lambda: slurm.state(other) == "COMPLETED", 240, "the higher job to run")
+    wait_until(folder, task, "finished")
     assert status(folder, task).attempt == 2
     assert f"continuing from step {stopped_at}" in log(folder)
 
@@ -93,10 +93,10 @@ def test_a_preempted_run_saves_and_finishes(
 def test_a_run_outlives_its_time_limit(launch: Launch, command: Command, slow: list[str]) -> None:
     limits = ("cluster.time_min=1", "cluster.signal_delay_s=15")
     folder, [task] = launch(*slow, "train.steps=1000", *limits, "dp=2")
-    wait_until(folder, task, "stopped", 150)
+    wait_until(folder, task, "stopped")
     stopped_at = status(folder, task).step
-    wait_for(lambda: status(folder, task).attempt == 2, 180, "the second attempt")
-    wait_for(lambda: status(folder, task).step > stopped_at, 60, "steps of the second attempt")
+    wait_for(lambda: status(folder, task).attempt == 2, 300, "the second attempt")
+    wait_for(lambda: status(folder, task).step > stopped_at, 300, "steps of the second attempt")
     assert "saved; to be requeued, 1 of 20" in log(folder)
     assert f"continuing from step {stopped_at}" in log(folder)
     [job] = ledger.latest_jobs(folder).values()
@@ -105,11 +105,12 @@ def test_a_run_outlives_its_time_limit(launch: Launch, command: Command, slow: l
 
 
 def test_requeues_are_bounded(launch: Launch, slurm: Cluster, slow: list[str]) -> None:
-    limits = ("cluster.time_min=1", "cluster.signal_delay_s=45", "launch.max_requeues=0")
-    folder, [task] = launch(*slow, *limits)
-    wait_until(folder, task, "stopped", 120)
+    folder, [task] = launch(*slow, "launch.max_requeues=0")
+    wait_for_steps(folder, task)
     [job] = ledger.latest_jobs(folder).values()
-    wait_for(lambda: slurm.state(job) == "FAILED", 60, "the job to fail")
+    slurm.run("scancel", "--signal=USR2", job)  # as Slurm sends it when the time limit is near
+    wait_until(folder, task, "stopped")
+    wait_for(lambda: slurm.state(job) == "FAILED", 240, "the job to fail")
     assert "not requeued again" in log(folder)
 
 
@@ -142,10 +143,10 @@ def test_a_killed_task_ends_its_job_and_resume_finishes_it(
     assert "1 still live" in command("spd_launch.resume", "latest").stdout
     os.kill(pid_of_rank(folder, 1), signal.SIGKILL)
     [job] = ledger.latest_jobs(folder).values()
-    wait_for(lambda: slurm.state(job) == "FAILED", 90, "the job to fail")
+    wait_for(lambda: slurm.state(job) == "FAILED", 240, "the job to fail")
     go.touch()
     command("spd_launch.resume", "latest")
-    wait_until(folder, task, "finished", 240)
+    wait_until(folder, task, "finished")
     assert status(folder, task).attempt == 2
     assert ledger.latest_jobs(folder)[task.run_id] != job
 
@@ -157,7 +158,7 @@ def test_a_job_whose_task_is_killed_goes_on_by_itself(
     wait_for_steps(folder, task)
     os.kill(pid_of_rank(folder, 1), signal.SIGKILL)
     go.touch()
-    wait_until(folder, task, "finished", 240)
+    wait_until(folder, task, "finished")
     assert status(folder, task).attempt == 2
     assert ledger.latest_jobs(folder)[task.run_id] == status(folder, task).job_id
 
@@ -172,38 +173,38 @@ def test_a_node_is_lost_with_a_run_that_goes_on_there(
     [slurmd] = [pid for pid, name in slurm_cluster.running(lost).items() if name == "slurmd"]
     os.kill(slurmd, signal.SIGKILL)
     try:
-        wait_for(lambda: status(folder, task).attempt == 2, 150, "the second attempt")
+        wait_for(lambda: status(folder, task).attempt == 2, 300, "the second attempt")
         assert status(folder, task).host != lost
-        assert "this job was started again elsewhere: this attempt ends" in log(folder)
-        wait_for(lambda: "continuing from step" in log(folder), 60, "it to go on")
+        for said in ("this job was started again elsewhere: this attempt ends", "continuing from"):
+            wait_for(lambda said=said: said in log(folder), 180, said)
     finally:
         slurm_cluster.start(lost, "slurmd", "-D", "-N", lost)
         slurm.run("scancel", "--name", folder.launch_id)
 
 
 def test_a_controller_that_is_down_is_asked_again(
-    launch: Launch, slow: list[str], go: Path
+    launch: Launch, slurm: Cluster, slow: list[str], go: Path
 ) -> None:
     folder, [task] = launch(*slow)
     wait_for_steps(folder, task)
-    [controller] = [p for p, name in slurm_cluster.running("ctl").items() if name == "slurmctld"]
-    os.kill(controller, signal.SIGKILL)
+    slurm.stop_controller()
     try:
         os.kill(pid_of_rank(folder, 0), signal.SIGUSR2)
-        wait_for(lambda: "saved; to be requeued" in log(folder), 60, "the save")
-        time.sleep(5)
+        asked = "saved; to be requeued", "Unable to contact slurm controller"
+        wait_for(lambda: all(said in log(folder) for said in asked), 180, "it to ask in vain")
         assert status(folder, task).state == "stopped"
     finally:
-        slurm_cluster.start("ctl", "slurmctld", "-D")
+        slurm.start_controller()
     go.touch()
-    wait_for(lambda: status(folder, task).attempt == 2, 120, "the second attempt")
-    wait_until(folder, task, "finished", 240)
+    wait_for(lambda: status(folder, task).attempt == 2, 300, "the second attempt")
+    wait_until(folder, task, "finished")
 
 
 def pid_of_rank(folder: LaunchDir, rank: int) -> int:
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            ours = str(folder.logs).encode() in (process / "cmdline").read_bytes()
+            line = (process / "cmdline").read_bytes()
+            ours = line.startswith(sys.executable.encode()) and str(folder.logs).encode() in line
             if ours and f"SLURM_PROCID={rank}".encode() in (process / "environ").read_bytes().split(
                 b"\0"
             ):
@@ -220,26 +221,26 @@ from spd_core.losses.distance import LossParts
 
 
 def loss(model: ComponentModel, batch: Batch, *, at: int) -> LossParts:
-    if batch.randomness.step == at and batch.randomness.part == 3:
-        raise ArithmeticError("rank 3 has had enough")
+    if batch.randomness.step == at and batch.randomness.part == 1:
+        raise ArithmeticError("rank 1 has had enough")
     return batch.target_out.sum() * 0, 1
 """
 
 
-def test_a_rank_that_fails_ends_the_others_with_its_error(
+def test_a_rank_that_fails_on_another_node_ends_the_job_with_its_error(
     launch: Launch, project: Path, slurm: Cluster
 ) -> None:
     (project / "failing.py").write_text(FAILING)
     loss = "losses.failing={path: failing.loss, coeff: 1.0, at: 12}"
-    folder, [task] = launch("dp=4", "cluster.nodes=2", "cluster.gpus_per_node=2", loss)
+    folder, [task] = launch("dp=2", "cluster.nodes=2", "cluster.gpus_per_node=1", loss)
     wait_for_steps(folder, task)
     [job] = ledger.latest_jobs(folder).values()
-    wait_for(lambda: slurm.state(job) == "FAILED", 150, "the job to fail of the same twice")
+    wait_for(lambda: slurm.state(job) == "FAILED", 400, "the job to fail of the same twice")
     wait_until(folder, task, "failed")
     assert status(folder, task).attempt == 2
-    first = r"rank 3 on node\d failed first: ArithmeticError: rank 3 has had enough"
-    wait_for(lambda: re.search(first, log(folder)) is not None, 60, "rank 0 to say why")
-    wait_for(lambda: status(folder, task).step == 12, 10, "the step that was reached")
+    first = r"rank 1 on node\d failed first: ArithmeticError: rank 1 has had enough"
+    wait_for(lambda: re.search(first, log(folder)) is not None, 180, "rank 0 to say why")
+    wait_for(lambda: status(folder, task).step == 12, 60, "the step that was reached")
 
 
 def test_a_cancelled_run_stays_cancelled(

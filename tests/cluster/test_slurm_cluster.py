@@ -13,12 +13,12 @@ rank = int(os.environ["SLURM_PROCID"])
 first = subprocess.check_output(["scontrol", "show", "hostnames"], text=True).split()[0]
 if rank == 0:
     with socket.create_server((socket.gethostname(), 29511)) as server:
-        server.settimeout(20)
+        server.settimeout(100)
         peer = server.accept()[0]
 else:
-    for _ in range(100):
+    for _ in range(500):
         try:
-            peer = socket.create_connection((first, 29511), timeout=20)
+            peer = socket.create_connection((first, 29511), timeout=100)
             break
         except ConnectionRefusedError:
             time.sleep(0.2)
@@ -59,7 +59,9 @@ def test_two_nodes_exchange_bytes(slurm: Cluster, tmp_path: Path) -> None:
 
 
 def test_array_tasks_get_their_own_gpus(slurm: Cluster, tmp_path: Path) -> None:
-    show = "echo $(hostname) $CUDA_VISIBLE_DEVICES"
+    # They meet: who comes when another has ended would get the GPUs of that one.
+    meet = f"while [ $(ls {tmp_path} | wc -l) -lt 3 ]; do sleep 0.1; done"
+    show = f"echo $(hostname) $CUDA_VISIBLE_DEVICES; {meet}"
     slurm.submit("--wait", "--array=0-2", "--gpus=4", f"--output={tmp_path}/%a", "--wrap", show)
     seen = [(tmp_path / str(task)).read_text().strip() for task in range(3)]
     assert len(set(seen)) == 3
@@ -75,14 +77,14 @@ def test_preempted_job_is_requeued(slurm: Cluster, tmp_path: Path) -> None:
     wait_for(lambda: log.exists() and "attempt 0" in log.read_text(), 120, "the scavenge job")
     high = slurm.submit("--partition=main", *whole, "--wrap", "true")
     # SIGTERM first; the job, which ignores it, is killed after the partition's GraceTime.
-    wait_for(lambda: "got SIGTERM" in log.read_text(), 30, "SIGTERM")
+    wait_for(lambda: "got SIGTERM" in log.read_text(), 60, "SIGTERM")
     assert slurm.state(low) == "RUNNING"
-    wait_for(lambda: slurm.state(high) == "COMPLETED", 90, "the job that preempts")
-    wait_for(lambda: slurm.state(low) == "COMPLETED", 60, "the second attempt")
+    wait_for(lambda: slurm.state(high) == "COMPLETED", 240, "the job that preempts")
+    wait_for(lambda: slurm.state(low) == "COMPLETED", 240, "the second attempt")
     assert "attempt 1" in log.read_text()
     attempts = ["sacct", "--duplicates", "--noheader", "-X", "-P", "-o", "State", "-j", low]
     wait_for(
         lambda: sorted(slurm.run(*attempts).split()) == ["COMPLETED", "PREEMPTED"],
-        20,
+        180,
         "both attempts in sacct",
     )

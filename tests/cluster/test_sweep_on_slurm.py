@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import slurm_cluster
-from cluster import SMALL, Cluster, Command, wait_for
+from cluster import NO_FIGURES, SMALL, Cluster, Command, until, wait_for
 
 from spd_launch import ledger
 
@@ -30,23 +29,14 @@ def _sweep(project: Path) -> None:
     (project / "sweeps" / "seeds.yaml").write_text(SWEEP)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left(slurm: Cluster) -> Iterator[None]:
-    yield
-    slurm.run("scancel", "--user=root")
-
-
 @contextmanager
 def longest_array(limit: int, slurm: Cluster) -> Iterator[None]:
     """MaxArraySize of this cluster; it takes a new controller."""
 
     def restart(conf: str) -> None:
-        [running] = [p for p, n in slurm_cluster.running("ctl").items() if n == "slurmctld"]
-        os.kill(running, signal.SIGTERM)
-        wait_for(lambda: running not in slurm_cluster.running("ctl"), 30, "the controller to end")
+        slurm.stop_controller()
         slurm.conf.write_text(conf)
-        slurm_cluster.start("ctl", "slurmctld", "-D")
-        wait_for(lambda: len(slurm_cluster.node_states()) == 4, 60, "the controller")
+        slurm.start_controller()
 
     before = slurm.conf.read_text()
     restart(re.sub(r"MaxArraySize=\d+", f"MaxArraySize={limit}", before))
@@ -63,7 +53,7 @@ def queue(slurm: Cluster) -> list[str]:
 def test_a_sweep_in_arrays_as_long_as_the_cluster_allows(
     command: Command, out: Path, slurm: Cluster
 ) -> None:
-    arguments = [*SMALL, "+sweep=seeds", "launch.max_parallel=3"]
+    arguments = [*SMALL, *NO_FIGURES, "+sweep=seeds", "launch.max_parallel=3"]
     with longest_array(2, slurm):
         dry = command("spd_launch", *arguments, "launch.dry_run=true").stdout
         done = command("spd_launch", *arguments, "launch.wait=true")
@@ -85,20 +75,25 @@ def test_a_sweep_in_arrays_as_long_as_the_cluster_allows(
 
 
 def test_waiting_ends_with_code_1_when_a_run_failed(
-    out: Path, project: Path, slurm: Cluster
+    out: Path, project: Path, slurm: Cluster, go: Path
 ) -> None:
-    """In a terminal, with the live table."""
+    """In a terminal, with the live table, which shows them as they run."""
     env = {**os.environ, "SPD_OUT_DIR": str(out), "PYTHONPATH": str(project), "COLUMNS": "150"}
-    arguments = [*SMALL, "-m", "seed=0", "train.lr.start=1e-3,1e30", "launch.wait=true"]
+    runs = ["-m", "seed=1", "train.lr.start=1e-3,1e30", until(go, "wait"), "launch.if_done=rerun"]
+    arguments = [*SMALL, *NO_FIGURES, *runs, "launch.wait=true"]
     mine, theirs = pty.openpty()
     waiting = subprocess.Popen(
-        [sys.executable, "-m", "spd_launch", *arguments, "launch.if_done=rerun"],
+        [sys.executable, "-m", "spd_launch", *arguments],
         cwd=project, env={**env, "TERM": "xterm"}, stdin=subprocess.DEVNULL, stdout=theirs,
     )  # fmt: skip
     os.close(theirs)
-    shown = "".join(iter(lambda: read(mine), ""))
-    assert waiting.wait(timeout=60) == 1
-    assert "tms_5-2-seed0-start1e30" in shown and "│ running" in shown, shown
+    shown = ""
+    for said in iter(lambda: read(mine), ""):
+        shown += said
+        if "│ running" in shown:
+            go.touch()
+    assert waiting.wait(timeout=180) == 1
+    assert "tms_5-2-seed1-start1e30" in shown and "│ running" in shown, shown
     assert "1 finished, 1 failed" in shown or "1 failed, 1 finished" in shown
     [failed] = [
         job for run, job in ledger.latest_jobs(ledger.find_launch("latest", out)).items()
@@ -132,8 +127,9 @@ def test_a_launch_that_is_ended_as_it_sends_takes_back_what_it_sent(
     real = subprocess.check_output(["which", "sbatch"], text=True).strip()
     slow = tmp_path / "bin" / "sbatch"
     slow.parent.mkdir()
-    asks = f'touch {tmp_path}/asked && sleep 3 && {real} "$@" && sleep 1'
-    slow.write_text(f"#!/bin/bash\n{asks}\n")
+    asked, answer = tmp_path / "asked", tmp_path / "answer"
+    waits = f"until [ -e {answer} ]; do sleep 0.1; done"
+    slow.write_text(f'#!/bin/bash\ntouch {asked}; {waits}; {real} "$@" && sleep 1\n')
     slow.chmod(0o755)
     env = {**os.environ, "SPD_OUT_DIR": str(out), "PYTHONPATH": str(project)}
     env["PATH"] = f"{slow.parent}:{env['PATH']}"
@@ -144,18 +140,21 @@ def test_a_launch_that_is_ended_as_it_sends_takes_back_what_it_sent(
             cwd=project, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
-        wait_for((tmp_path / "asked").exists, 60, "the first sbatch")
+        wait_for(asked.exists, 180, "the first sbatch")
         if ending == signal.SIGINT:  # from a terminal it reaches sbatch as well
             os.killpg(sending.pid, ending)
         else:
             sending.send_signal(ending)
-        _, said = sending.communicate(timeout=60)
+        answer.touch()
+        _, said = sending.communicate(timeout=180)
         assert sending.returncode == code, said
-        (tmp_path / "asked").unlink()
+        asked.unlink()
+        if ending != signal.SIGKILL:
+            answer.unlink()
         if ending != signal.SIGKILL:
             assert "the 1 job(s) sent before are cancelled" in said and queue(slurm) == []
     # Nobody could take that one back: status knows, and cancel ends it.
-    [lost] = wait_for(lambda: queue(slurm), 30, "what is sent after all")
+    [lost] = wait_for(lambda: queue(slurm), 180, "what is sent after all")
     run = [sys.executable, "-m"]
     shown = subprocess.check_output([*run, "spd_launch.status", "latest"], env=env, cwd=project)
     assert f"in no file of this launch: {lost}" in shown.decode()

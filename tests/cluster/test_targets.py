@@ -2,9 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
 
-import pytest
 from cluster import SMALL, Cluster, Command, Launch, log, status, wait_for, wait_until
 
 from spd_launch import ledger
@@ -16,12 +14,7 @@ LM = [
     "data.n_documents=300", "data.vocab_size=300", "data.seq_len=16", "target.d_model=16",
     "target.d_mlp=16", "target.batch_size=4",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left(slurm: Cluster) -> Iterator[None]:
-    yield
-    slurm.run("scancel", "--user=root")
+HELD = "+cluster.sbatch.hold=true"  # nothing starts before it is looked at
 
 
 def log_of(folder: LaunchDir, task: Task) -> str:
@@ -36,7 +29,7 @@ def waits_for(slurm: Cluster, job: str) -> str:
 def test_runs_come_after_the_one_job_that_trains_their_target(
     launch: Launch, command: Command, slurm: Cluster
 ) -> None:
-    folder, tasks = launch("-m", "seed=0,1")
+    folder, tasks = launch("-m", "seed=0,1", HELD)
     *runs, target = tasks
     jobs = ledger.latest_jobs(folder)
     assert len(jobs) == 3 and len({job.split("_")[0] for job in jobs.values()}) == 2
@@ -44,6 +37,7 @@ def test_runs_come_after_the_one_job_that_trains_their_target(
         assert waits_for(slurm, jobs[run.run_id]).startswith(f"afterok:{jobs[target.run_id]}")
     assert "first comes its target" in command("spd_launch.logs", "latest", "1").stdout
     assert "live" in command("spd_launch.resume", "latest", "0").stdout
+    slurm.run("scontrol", "release", *jobs.values())
     for task in tasks:
         wait_until(folder, task, "finished")
     [kept] = folder.run_dir(target.run_id).targets.glob("*/target.json")
@@ -60,10 +54,11 @@ def test_no_run_waits_for_a_target_that_failed(
     launch: Launch, command: Command, slurm: Cluster
 ) -> None:
     bad = ["target.steps=1", "target.n_seeds=1"]
-    folder, [one, two, target] = launch("-m", "seed=0,1", *bad)
+    folder, [one, two, target] = launch("-m", "seed=0,1", *bad, HELD)
+    slurm.run("scontrol", "release", *ledger.latest_jobs(folder).values())
     wait_until(folder, target, "failed")
     shown = ["squeue", "-h", "--name", folder.launch_id]
-    wait_for(lambda: not slurm.run(*shown), 60, "Slurm to give the runs up")
+    wait_for(lambda: not slurm.run(*shown), 240, "Slurm to give the runs up")
     words = " ".join(command("spd_launch.status", "latest").stdout.split())
     assert words.count("no target ") >= 2
     assert f"{target.run_id}: failed: ValueError: no target of seeds 0 to 0 is good" in words
@@ -86,11 +81,11 @@ def test_a_requeued_target_job_goes_on_and_its_run_waits(
 ) -> None:
     folder, [run, target] = launch(*LM)
     jobs = ledger.latest_jobs(folder)
-    wait_for(lambda: "step 200/100000" in log_of(folder, target), 90, "pretraining to report")
+    wait_for(lambda: "step 200/100000" in log_of(folder, target), 300, "pretraining to report")
     slurm.run("scontrol", "requeue", jobs[target.run_id])
-    wait_for(lambda: "the target stops at step" in log_of(folder, target), 60, "the save")
+    wait_for(lambda: "the target stops at step" in log_of(folder, target), 180, "the save")
     stopped_at = re.findall(r"the target stops at step (\d+)", log_of(folder, target))[0]
-    wait_for(lambda: "continuing the target" in log_of(folder, target), 90, "the second attempt")
+    wait_for(lambda: "continuing the target" in log_of(folder, target), 300, "the second attempt")
     assert f"continuing the target from step {stopped_at}" in log_of(folder, target)
     assert status(folder, target).attempt == 2 and status(folder, run).attempt == 0
     assert jobs[target.run_id] in waits_for(slurm, jobs[run.run_id])
