@@ -8,13 +8,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from spd_launch import ledger, slurm_state
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed, ask_slurm, judge, observe, parser, strangers
+from spd_launch.slurm_state import LiveJob
 
 MANY = 20  # live jobs, of which a person is asked once more
 
@@ -47,7 +48,7 @@ def main() -> int:
     try:
         ledger.note_jobs(launch, "cancel", {row.row.name: row.job_id for row in live})
     finally:  # also where the disk is full, which may be why they are cancelled
-        _end(launch, live)
+        _end(launch, live, in_queue)
     # Only now: a run that is being ended still saves, and says that it stopped.
     for row in observe(launch, [row.row for row in observed]):
         if not row.live and row.state not in ("finished", "failed"):
@@ -60,14 +61,16 @@ def main() -> int:
     return 0
 
 
-def _end(launch: LaunchDir, live: Sequence[Observed]) -> None:
+def _end(launch: LaunchDir, live: Sequence[Observed], in_queue: Mapping[str, LiveJob]) -> None:
     """Ask for the end of these jobs, and wait for it."""
     if ledger.read_info(launch)["kind"] == "local":
         # One process runs them one after another; a second signal would not let it save.
         for row in {row.job_id: row for row in live}.values():
             _end_here(row)
     else:
-        slurm_state.cancel_jobs(sorted({row.job_id for row in live}))
+        given = ledger.jobs_of_runs(launch)
+        jobs = {job for row in live for job in given[row.row.name]}  # two, where resumed at once
+        slurm_state.cancel_jobs(sorted(jobs & in_queue.keys()))
     rows = [row.row for row in live]
     _wait_while(lambda: any(row.live for row in observe(launch, rows)))
 

@@ -5,6 +5,7 @@ each submission, local execution and cancellation, so a run's history stays read
 looks at a launch reads `tasks.jsonl`, and leaves the runs' configs alone: a thousand take seconds.
 """
 
+import fcntl
 import json
 import os
 import secrets
@@ -194,20 +195,27 @@ def pending(steps: int) -> Status:
 def note_jobs(launch: LaunchDir, kind: str, jobs: dict[str, str]) -> None:
     """Append one line: kind (submit, local, cancel) and run id -> job id."""
     line = {"kind": kind, "time": time.time(), "host": socket.gethostname(), "jobs": jobs}
-    if launch.jobs_file.exists():  # a kill, or a full disk, may have left half a line
-        whole = launch.jobs_file.read_bytes().rpartition(b"\n")
-        os.truncate(launch.jobs_file, len(whole[0] + whole[1]))
-    with open(launch.jobs_file, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    with open(launch.jobs_file, "ab+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # else what another command notes now could be cut off
+        file.seek(0)
+        whole = file.read().rpartition(b"\n")
+        file.truncate(len(whole[0] + whole[1]))  # a kill, or a full disk, may have left half a line
+        file.write(json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def latest_jobs(launch: LaunchDir) -> dict[str, str]:
     """run id -> the job it was last given."""
-    jobs: dict[str, str] = {}
+    return {run_id: jobs[0] for run_id, jobs in jobs_of_runs(launch).items()}
+
+
+def jobs_of_runs(launch: LaunchDir) -> dict[str, list[str]]:
+    """run id -> every job it was given, the newest first."""
+    jobs: dict[str, list[str]] = {}
     for entry in _job_lines(launch):
-        jobs.update(entry["jobs"] if entry["kind"] != "cancel" else {})
+        for run_id, job in entry["jobs"].items() if entry["kind"] != "cancel" else ():
+            jobs.setdefault(run_id, []).insert(0, job)
     return jobs
 
 

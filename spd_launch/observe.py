@@ -58,16 +58,27 @@ def judge(
     "no target", "no run": what it was to come after ended without success, so Slurm cancelled it.
     "not sent": the launch was interrupted before it.
     """
-    info, jobs = ledger.read_info(launch), ledger.latest_jobs(launch)
+    info, given = ledger.read_info(launch), ledger.jobs_of_runs(launch)
     if live is None:
         found = []
         for row in rows:
-            status, job_id = row_status(launch, row), jobs.get(row.name, "")
+            status, job_id = row_status(launch, row), given.get(row.name, [""])[0]
             alive = bool(job_id) and status.state not in DONE
             found.append(Observed(row, status.state, alive, job_id, status.host, status))
         return found
     on_slurm = info["kind"] == "slurm"
     statuses = {row.name: row_status(launch, row) for row in rows}
+
+    def lives(job_id: str, status: Status) -> bool:
+        if on_slurm:
+            return job_id in live
+        return status.state not in DONE and _lives_here(job_id, status)
+
+    jobs = {name: its_jobs[0] for name, its_jobs in given.items()}
+    for row in rows:
+        at_work = [job for job in given.get(row.name, []) if lives(job, statuses[row.name])]
+        if at_work:  # not the newest where two people resumed at once, and the run refused that
+            jobs[row.name] = at_work[0]
     lost = [
         jobs[row.name]
         for row in rows
@@ -91,12 +102,7 @@ def judge(
     for row in rows:
         status, job_id = statuses[row.name], jobs.get(row.name, "")
         job = live.get(job_id)
-        alive = (
-            not on_slurm
-            and bool(job_id)
-            and status.state not in DONE
-            and _lives_here(job_id, status)
-        )
+        alive = bool(job_id) and lives(job_id, status)
         where = status.host
         if job is not None:
             state, where = job.state.lower(), job.where
@@ -108,7 +114,7 @@ def judge(
             state = "no run" if row.goal in STEPS else "no target"
         else:
             state = f"{ended.get(job_id, '').lower() or 'ended'}, not finished"
-        found.append(Observed(row, state, alive or job is not None, job_id, where, status))
+        found.append(Observed(row, state, alive, job_id, where, status))
     return found
 
 
@@ -124,6 +130,8 @@ def _lives_here(job_id: str, status: Status) -> bool:
     if status.host not in ("", socket.gethostname()):
         return time.time() - status.heartbeat < 120
     pid = job_id.split("-")[-1]
+    if pid == str(os.getpid()):  # which a container gives to each first process
+        return False
     command = Path("/proc", pid, "cmdline")
     if command.exists():
         return b"spd_launch" in command.read_bytes()

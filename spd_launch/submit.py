@@ -22,7 +22,7 @@ from spd_launch import slurm_state, task, then
 from spd_launch.compose import template_folders
 from spd_launch.config import ClusterConfig
 from spd_launch.errors import LaunchError, nearest
-from spd_launch.ledger import LaunchDir, latest_jobs, note_jobs, read_rows
+from spd_launch.ledger import LaunchDir, jobs_of_runs, note_jobs, read_rows
 from spd_launch.local import term_is_interrupt
 from spd_launch.plan import Array, Task, group, step_arrays
 from spd_launch.steps import STEPS, Row
@@ -49,7 +49,8 @@ def submit(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> dict[
         _copy_setup(launch, cluster)
     before = set(slurm_state.live_jobs(launch.launch_id))
     # When a launch is resumed, its targets and other runs may be done, or still at work.
-    live = {run_id: job for run_id, job in latest_jobs(launch).items() if job in before}
+    jobs = jobs_of_runs(launch).items()
+    live = {run_id: job for run_id, given in jobs for job in reversed(given) if job in before}
     limit = slurm_state.array_limit() if len(tasks) > 1 else 1
 
     def send(array: Array, n_arrays: int, dependency: str | None) -> dict[str, str]:

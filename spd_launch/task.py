@@ -180,7 +180,7 @@ def _lock(run_dir: RunDir, place: Place) -> TextIO:
 def _end_when_superseded(owner: Path, own: str) -> None:
     while True:
         time.sleep(OWNER_S)
-        with suppress(FileNotFoundError):  # the folder was removed, or the network shows it late
+        with suppress(OSError):  # the folder was removed; or NFS, that the file was replaced
             if owner.read_text() != own:
                 print("this job was started again elsewhere: this attempt ends", flush=True)
                 os._exit(1)

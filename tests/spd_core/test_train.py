@@ -1,5 +1,8 @@
+import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -269,6 +272,7 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(start, make_config):
         assert all(t.isfinite().all() for name, t in state.items() if name.startswith("model:"))
 
 
+STRIDE = 4
 BAD = """
 def loss(model, batch, *, draws: list[int]):
     here = batch.randomness.phase == "train" and batch.randomness.step in draws
@@ -363,6 +367,44 @@ def test_a_kill_before_a_rewind_is_noted_changes_nothing(start, bad_draws):
     shutil.rmtree(run_dir.checkpoints / "step_3")
     start("killed", config)
     assert_same_run(whole, run_dir)
+
+
+def kill_before_write(number, folder):
+    """SIGKILL this process as it is about to write, rename or remove for the so manieth time."""
+    seen, names = itertools.count(1), ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+    def hook(event, given):
+        writes = event == "open" and str(given[0]).startswith(str(folder)) and given[2] & os.O_CREAT
+        if (writes or event in names) and next(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1, STRIDE + 1))
+def test_a_kill_before_any_write_changes_nothing(first, start, bad_draws, make_run_dir):
+    """Of metrics, checkpoints and rewinds; and the process that continues is killed as well."""
+    config = bad_draws(3, 5, 11)
+    whole, _ = start("whole", config)
+    for number in itertools.count(first, STRIDE):
+        name, killed = f"before write {number}", []
+        start.folders[name] = make_run_dir(name)
+        for its_number in (number, 7):
+            child = os.fork()
+            if child == 0:
+                kill_before_write(its_number, whole.path.parent)
+                start(name, config)
+                os._exit(0)
+            killed.append(os.WIFSIGNALED(os.waitpid(child, 0)[1]))
+        run_dir, outcome = start(name, config)
+        assert outcome == "finished" and rewinds(run_dir) == rewinds(whole), number
+        assert_same_run(whole, run_dir)
+        # After a kill just after the last one was written an older one may stay beside it.
+        assert checkpoint_steps(run_dir)[-2:] == checkpoint_steps(whole), number
+        if not killed[0]:
+            assert number > 30
+            break
 
 
 def test_a_damaged_checkpoint_of_a_rewind_changes_nothing(start, bad_draws):

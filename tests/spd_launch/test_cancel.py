@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from launches import launched
 from test_command import ROOT
 from test_errors import no_file_may_hold_anything
 
 from spd_launch import ledger
+from spd_launch.cancel import main
 from spd_launch.run_record import read_status
 
 LAUNCHER = "import time; time.sleep(600)  # spd_launch"  # the word by which one is told
@@ -40,6 +42,30 @@ def test_a_full_disk_does_not_keep_jobs_alive(tmp_path: Path) -> None:
         )  # fmt: skip
         assert launcher.wait(timeout=60) != 0
     assert done.returncode == 2 and "File too large" in done.stderr, done.stderr
+
+
+def test_of_a_run_that_was_resumed_twice_at_once_both_jobs_are_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = launched(tmp_path, "running", "running", cluster="cpu")
+    one, two = (row.name for row in ledger.read_task_rows(launch) if row.goal == "decomposition")
+    for job in ("7", "8"):
+        ledger.note_jobs(launch, "submit", {one: job})
+    ledger.note_jobs(launch, "submit", {two: "9"})
+    queue, programs = tmp_path / "queue", tmp_path / "bin"
+    queue.write_text("7|PENDING|(Priority)\n8|PENDING|(Priority)\n9|RUNNING|node1\n")
+    programs.mkdir()
+    for name, script in {
+        "squeue": f"cat {queue}",
+        "sacct": "exit 1",
+        "scancel": f'for job in "$@"; do sed -i "/^$job|/d" {queue}; done',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setattr("sys.argv", ["cancel", "latest", one, f"--out-dir={tmp_path}"])
+    assert main() == 0
+    assert queue.read_text() == "9|RUNNING|node1\n"
 
 
 def test_many_live_jobs_are_cancelled_only_when_told_again(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import multiprocessing
+
 import pytest
 from launch_configs import config
 
@@ -21,6 +23,20 @@ def test_half_a_line_of_jobs_is_never_read_and_goes_with_the_next(launch):
     ledger.note_jobs(launch, "submit", {"b": "4"})
     assert ledger.latest_jobs(launch) == {"a": "1", "b": "4"}
     assert len(launch.jobs_file.read_text().splitlines()) == 2
+
+
+def test_commands_that_note_at_once_lose_no_line(launch):
+    def note(first):
+        for job in range(first, first + 40):
+            ledger.note_jobs(launch, "submit", {"a": str(job)})
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=note, args=(first,)) for first in (0, 100, 200)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert ledger.known_jobs(launch) == {str(f + i) for f in (0, 100, 200) for i in range(40)}
 
 
 def test_a_crash_is_worth_another_turn_only_if_the_run_got_further(make_run_dir):

@@ -98,6 +98,52 @@ def test_what_a_lost_job_was(tmp_path: Path) -> None:
     assert states(launch, live=None)[runs[0].name] == "pending"
 
 
+def test_of_jobs_sent_at_once_the_one_that_the_run_did_not_refuse_is_shown(tmp_path: Path) -> None:
+    launch = launched(tmp_path / "slurm", "running", cluster="cpu")
+    [row] = [row for row in ledger.read_rows(launch) if row.goal == "decomposition"]
+    for job in ("7", "8"):
+        ledger.note_jobs(launch, "submit", {row.name: job})
+    [seen] = judge(launch, [row], {"7": LiveJob("RUNNING", "node1")})
+    assert (seen.state, seen.live, seen.job_id) == ("running", True, "7")
+
+    launch = launched(tmp_path / "local", "running")
+    [row] = ledger.read_rows(launch)
+    launchers = [
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # spd_launch"])
+        for _ in range(2)
+    ]
+    try:
+        for launcher in launchers:
+            ledger.note_jobs(launch, "local", {row.name: f"local-{launcher.pid}"})
+        jobs = []
+        for launcher in reversed(launchers):
+            jobs.append(judge(launch, [row], {})[0].job_id)
+            launcher.kill()
+            launcher.wait()
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert jobs == [f"local-{launcher.pid}" for launcher in reversed(launchers)]
+    [seen] = judge(launch, [row], {})
+    assert (seen.state, seen.live) == ("ended, not finished", False)
+
+
+def test_a_command_with_the_number_of_a_process_that_is_gone_is_not_taken_for_it(
+    tmp_path: Path,
+) -> None:
+    launch = launched(tmp_path, "running")
+    [row] = ledger.read_rows(launch)
+    note = (
+        "import os, sys; from pathlib import Path; from spd_launch import ledger\n"
+        f"launch = ledger.LaunchDir(Path({str(launch.path)!r}))\n"
+        f"ledger.note_jobs(launch, 'local', {{{row.name!r}: f'local-{{os.getpid()}}'}})\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'spd_launch.status', *sys.argv[1:]])"
+    )
+    line = [sys.executable, "-c", note, "latest", "--json", f"--out-dir={tmp_path}"]
+    told = json.loads(subprocess.check_output(line, cwd=ROOT, text=True))["rows"][0]
+    assert (told["state"], told["live"]) == ("ended, not finished", False)
+
+
 def test_a_slurm_that_does_not_answer_is_named_and_the_files_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from spd_launch import ledger
 from spd_launch.freeze import record
 from spd_launch.run_record import read_status
 from spd_launch.snapshot import Snapshot
+from spd_launch.task import OWNER_S
 
 ROOT = Path(__file__).parent.parent.parent
 LONG = {"train__steps": 10**6, "eval__every": 10**6, "eval__slow_every": 10**6,
@@ -62,6 +63,13 @@ def test_an_attempt_that_slurm_started_elsewhere_ends_in_favour_of_the_next(star
     other, other_log = start("8", 0)  # not the same job: it has no right to it
     assert other.wait(60) == 2 and "worked on by another process" in other_log.read_text()
     assert first.poll() is None
+    owner = run_dir.path / ".owner"
+    text = owner.read_text()
+    owner.unlink()
+    owner.mkdir()  # it cannot be read for a while, as on NFS where another machine replaces it
+    time.sleep(OWNER_S + 1)
+    owner.rmdir()
+    owner.write_text(text)
     second, second_log = start("7", 1)
     assert first.wait(60) == 1
     assert "this job was started again elsewhere: this attempt ends" in first_log.read_text()
