@@ -22,6 +22,7 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 
 from rich.console import Console
@@ -225,6 +226,7 @@ def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop, commit:
     train = {"decomposition": _decompose, "target": _train_target}[config.launch.goal]
     with watching(dist, meeting.address, lambda: mark(run_dir, "failed")):
         try:
+            check_node(run_dir, dist)
             outcome = train(config, run_dir, dist, heartbeat, stop)
         except BaseException:
             with suppress(OSError):
@@ -234,6 +236,26 @@ def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop, commit:
     if outcome == "finished":
         distributed.shutdown()
     return outcome
+
+
+def check_node(run_dir: RunDir, dist: "Dist") -> None:
+    """Before any work: this rank's device answers, and its node can write to the run's folder.
+
+    Raises:
+        RuntimeError: it does not; with the name of the node, and how to keep away from it.
+    """
+    import torch
+
+    try:
+        torch.ones(64, 64, device=dist.device).sum().item()
+        with TemporaryFile(dir=run_dir.path) as file:
+            file.write(b"x")
+    except (RuntimeError, OSError) as error:
+        node = socket.gethostname()
+        raise RuntimeError(
+            f"{node} is not fit to train ({dist.device}): {error}; "
+            f"python -m spd_launch.resume LAUNCH --exclude={node} goes on without it"
+        ) from error
 
 
 def _decompose(
