@@ -22,7 +22,6 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 
 from rich.console import Console
@@ -33,6 +32,7 @@ from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_info, read_task
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
+from spd_launch.preflight import check_code, check_node, drop_half_result
 from spd_launch.progress import Heartbeat, StepBar
 from spd_launch.run_record import (
     n_time_limits,
@@ -238,26 +238,6 @@ def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop, commit:
     return outcome
 
 
-def check_node(run_dir: RunDir, dist: "Dist") -> None:
-    """Before any work: this rank's device answers, and its node can write to the run's folder.
-
-    Raises:
-        RuntimeError: it does not; with the name of the node, and how to keep away from it.
-    """
-    import torch
-
-    try:
-        torch.ones(64, 64, device=dist.device).sum().item()
-        with TemporaryFile(dir=run_dir.path) as file:
-            file.write(b"x")
-    except (RuntimeError, OSError) as error:
-        node = socket.gethostname()
-        raise RuntimeError(
-            f"{node} is not fit to train ({dist.device}): {error}; "
-            f"python -m spd_launch.resume LAUNCH --exclude={node} goes on without it"
-        ) from error
-
-
 def _decompose(
     config: JobConfig, run_dir: RunDir, dist: "Dist", heartbeat: Heartbeat, stop: Stop
 ) -> Literal["finished", "stopped"]:
@@ -331,28 +311,6 @@ def _report(run_dir: RunDir) -> None:
 
     write_report(run_dir)
     print_summary(run_dir)
-
-
-def check_code() -> None:
-    """The imported packages are the snapshot's, not what lies in another place of sys.path."""
-    import spd_core
-
-    code = Path(os.environ.get("SPD_CODE", Path(__file__).parent.parent)).resolve()
-    for file in (__file__, spd_core.__file__):
-        if not Path(str(file)).resolve().is_relative_to(code):
-            raise RuntimeError(f"{file} was imported, which is not in the launch's code, {code}")
-
-
-def drop_half_result() -> None:
-    """Remove what a kill left of the file that tells submitit how this rank's last attempt ended.
-
-    Submitit would refuse to write it again, and a run that has finished would be called failed.
-    """
-    if "SUBMITIT_FOLDER" in os.environ:
-        from submitit import JobEnvironment
-
-        result = JobEnvironment().paths.result_pickle
-        result.with_name(f"{result.name}.save_tmp").unlink(missing_ok=True)
 
 
 def _leave(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> NoReturn:

@@ -1,23 +1,18 @@
 """What one rank does, as Slurm starts it: real processes in the environment of a job."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from launch_configs import config
 
-from spd_core.distributed import Dist
-from spd_core.run_dir import RunDir
 from spd_launch import ledger
 from spd_launch.freeze import record
 from spd_launch.run_record import read_status
 from spd_launch.snapshot import Snapshot
-from spd_launch.task import check_code, check_node
 
 ROOT = Path(__file__).parent.parent.parent
 LONG = {"train__steps": 10**6, "eval__every": 10**6, "eval__slow_every": 10**6,
@@ -57,28 +52,6 @@ def wait_for(predicate, seconds=120):
     while not predicate():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.1)
-
-
-def test_code_from_anywhere_but_the_launchs_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPD_CODE", str(ROOT))
-    check_code()
-    monkeypatch.setenv("SPD_CODE", str(tmp_path))
-    with pytest.raises(RuntimeError, match=f"is not in the launch's code, {tmp_path}"):
-        check_code()
-
-
-def test_a_node_that_cannot_train_is_named_before_it_does(make_run_dir):
-    run_dir, here = make_run_dir("run"), Dist(0, 1, torch.device("cpu"))
-    before = list(run_dir.path.iterdir())
-    check_node(run_dir, here)
-    assert list(run_dir.path.iterdir()) == before
-    away = RunDir(run_dir.path / "not there")
-    with pytest.raises(RuntimeError, match=f"{socket.gethostname()} is not fit .*--exclude="):
-        check_node(away, here)
-    if not torch.cuda.is_available():
-        gpu = Dist(0, 1, torch.device("cuda", 0))
-        with pytest.raises(RuntimeError, match="is not fit to train"):
-            check_node(run_dir, gpu)
 
 
 @pytest.mark.slow
