@@ -171,10 +171,8 @@ def _sums(name: str, o: Any, at: Evaluation, batch: Batch, i: int) -> Sums:
                 pairs |= {f"mmcs/{module}": (mmcs, 1), f"ml2r/{module}": (ml2r, 1)}
             return at.pairs(pairs)
         case "pgd_multibatch_recon" if i == 0:
-            n = o.n_batches
-            return at.losses(
-                {name: o}, lambda: (evaluation_batch(at, k, name) for k in range(n)), n
-            )
+            n, draw = o.n_batches, partial(evaluation_batch, at, purpose=name)
+            return at.losses({name: o}, lambda: map(draw, range(n)), n)
         case "ci_histograms":
             return ci.histogram_sums(batch.ci)
         case "component_activation_density":

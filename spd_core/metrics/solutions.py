@@ -2,9 +2,9 @@
 
 from typing import Literal
 
+import scipy  # scipy.optimize is loaded where it is used: half a second, and few runs need it
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,7 +29,7 @@ def single_feature_ci(
 
 def permute_to_identity(ci: Float[Tensor, "n_features C"]) -> Float[Tensor, "n_features C"]:
     """Columns reordered so that the diagonal is as large as it can be; the rest by size."""
-    chosen = linear_sum_assignment(-ci.cpu().numpy())[1].tolist()
+    chosen = scipy.optimize.linear_sum_assignment(-ci.cpu().numpy())[1].tolist()
     by_size = ci.sum(0).argsort(descending=True).tolist()
     return ci[:, [*chosen, *(c for c in by_size if c not in chosen)]]
 

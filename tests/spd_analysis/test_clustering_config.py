@@ -6,7 +6,7 @@ from spd_analysis.clustering.config import DEFAULT, MCMCDraw, RangeDraw, load_co
 def test_the_shipped_values_are_those_of_the_issue():
     config = load_config(DEFAULT, [])
     assert config.activation_threshold == 0.01 and config.filter_dead_threshold == 0.001
-    assert config.draw == RangeDraw(kind="range", threshold=0.05)
+    assert config.draw == RangeDraw(kind="range", threshold=0.01)
 
 
 def test_overrides_reach_every_level():

@@ -13,8 +13,12 @@ from spd_core.data.batches import Batch, Decomposition
 from spd_core.evaluate import check_metrics, evaluate
 from spd_core.metrics import means
 from spd_core.metrics.outputs import ce_and_kl_sums, subset_ce_and_kl_sums
-from spd_core.randomness import StepRandomness
+from spd_core.randomness import StepRandomness, stream
+from spd_core.targets.induction import InductionTransformer
+from spd_launch.compose import compose
+from spd_launch.validate import validate
 
+CPU = torch.device("cpu")
 VOCAB, SEQ = 7, 6
 MODULES = {"embed": 5, "mix": 6, "head": 4}
 KINDS = {"unmasked", "ci_masked", "stochastic_masked", "random_masked", "rounded_masked",
@@ -245,3 +249,13 @@ def test_an_evaluation_of_a_language_model(make_config, one_process, tmp_path, m
 def test_what_cannot_be_measured_is_refused(override, message, make_config, tms_model):
     with pytest.raises(ValueError, match=message):
         check_metrics(make_config(override), tms_model())
+
+
+def test_the_induction_target_predicts_one_token_only():
+    arguments = ["+experiment=ih", "cluster=local", "data.vocab_size=10", "data.seq_len=12",
+                 "target.n_heads=2", CE]  # fmt: skip
+    config = validate(compose(arguments, multirun=False)[0].values)
+    target = InductionTransformer(config.target, config.data, stream(0, "test", device=CPU))
+    model = ComponentModel(target, config.decompose, config.seed)
+    with pytest.raises(ValueError, match="the induction target does not"):
+        check_metrics(config, model)

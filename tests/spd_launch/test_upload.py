@@ -303,7 +303,10 @@ def test_an_outage_takes_less_than_two_percent_of_a_core(run_folder, monkeypatch
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         config, run_dir = run_folder(ONLINE)
         with uploading(config, run_dir):
-            session, used, deadline = processes_of(run_dir)[0], [0.0] * 4, time.monotonic() + 60
+            used, deadline = [0.0] * 4, time.monotonic() + 60
+            while not (found := processes_of(run_dir)):  # it has just been started
+                assert time.monotonic() < deadline
+            session = found[0]
             while used[-1] < 0.5 or used[-1] - used[-4] > 0.1:  # it is starting
                 assert time.monotonic() < deadline
                 time.sleep(1)
