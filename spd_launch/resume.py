@@ -8,6 +8,7 @@ dp=N goes on with N processes: the same batches and masks, so the same run but f
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -34,6 +35,7 @@ def main() -> int:
         "--with-code", choices=["then", "now"], default="then",
         help="then: what the launch was last sent with (default); now: a new snapshot",
     )  # fmt: skip
+    options.add_argument("--exclude", metavar="NODES", help="keep away from these nodes, on Slurm")
     given = options.parse_intermixed_args()
     changes = [word for word in given.task if "=" in word]
     names = [word for word in given.task if "=" not in word]
@@ -70,7 +72,18 @@ def main() -> int:
     for row in todo:
         if row.status.state != "pending":
             ledger.mark(launch.folder(row.row), "pending")
-    return start(launch, _tasks(launch, todo), info["kind"], python_path)
+    tasks = _tasks(launch, todo)
+    if given.exclude:
+        tasks = [_away_from(task, given.exclude) for task in tasks]
+    return start(launch, tasks, info["kind"], python_path)
+
+
+def _away_from(task: Task, nodes: str) -> Task:
+    """For this submission only: beside the nodes that the profile excludes."""
+    cluster = task.config.cluster
+    both = ",".join(str(x) for x in (cluster.sbatch.get("exclude"), nodes) if x)
+    away = cluster.model_copy(update={"sbatch": {**cluster.sbatch, "exclude": both}})
+    return replace(task, config=task.config.model_copy(update={"cluster": away}))
 
 
 def _code_now(launch: LaunchDir) -> Path:

@@ -32,6 +32,7 @@ from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_info, read_task
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
+from spd_launch.preflight import check_code, check_node, drop_half_result
 from spd_launch.progress import Heartbeat, StepBar
 from spd_launch.run_record import (
     n_time_limits,
@@ -225,6 +226,7 @@ def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop, commit:
     train = {"decomposition": _decompose, "target": _train_target}[config.launch.goal]
     with watching(dist, meeting.address, lambda: mark(run_dir, "failed")):
         try:
+            check_node(run_dir, dist)
             outcome = train(config, run_dir, dist, heartbeat, stop)
         except BaseException:
             with suppress(OSError):
@@ -309,28 +311,6 @@ def _report(run_dir: RunDir) -> None:
 
     write_report(run_dir)
     print_summary(run_dir)
-
-
-def check_code() -> None:
-    """The imported packages are the snapshot's, not what lies in another place of sys.path."""
-    import spd_core
-
-    code = Path(os.environ.get("SPD_CODE", Path(__file__).parent.parent)).resolve()
-    for file in (__file__, spd_core.__file__):
-        if not Path(str(file)).resolve().is_relative_to(code):
-            raise RuntimeError(f"{file} was imported, which is not in the launch's code, {code}")
-
-
-def drop_half_result() -> None:
-    """Remove what a kill left of the file that tells submitit how this rank's last attempt ended.
-
-    Submitit would refuse to write it again, and a run that has finished would be called failed.
-    """
-    if "SUBMITIT_FOLDER" in os.environ:
-        from submitit import JobEnvironment
-
-        result = JobEnvironment().paths.result_pickle
-        result.with_name(f"{result.name}.save_tmp").unlink(missing_ok=True)
 
 
 def _leave(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> NoReturn:

@@ -16,10 +16,11 @@ from pathlib import Path
 from spd_launch import ledger
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
+from spd_launch.preflight import check_code, drop_half_result
 from spd_launch.progress import Heartbeat
 from spd_launch.run_record import read_status
 from spd_launch.steps import Row, step_command
-from spd_launch.task import STOPPED, Stop, check_code, drop_half_result, place_from_environment
+from spd_launch.task import STOPPED, Stop, place_from_environment
 
 LATE_S, LOOK_S = 65.0, 5.0  # NFS keeps what it knows of a file and its folder for up to 60 s
 

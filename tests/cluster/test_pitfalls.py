@@ -131,8 +131,8 @@ def test_a_job_whose_number_is_not_told_is_taken_back(
 def test_cores_of_each_rank_and_half_a_result_of_a_killed_attempt(
     launch: Launch, slurm: Cluster
 ) -> None:
-    asked = ["dp=2", "cluster.cpus_per_task=3", "track.wandb.mode=offline"]
-    folder, [task] = launch(*asked, HOLD)
+    asked = ["dp=2", "cluster.cpus_per_task=3", "+cluster.env.OMP_NUM_THREADS='1'"]
+    folder, [task] = launch(*asked, "track.wandb.mode=offline", HOLD)
     [job] = ledger.latest_jobs(folder).values()
     half = folder.logs / f"{job}_0_result.pkl.save_tmp"
     half.write_bytes(b"half")
@@ -201,3 +201,36 @@ def test_only_our_own_requeues_at_time_limits_are_counted(
     slurm.run("scancel", "--signal=USR2", job)  # to its ranks, as before a time limit
     wait_for(lambda: "saved; to be requeued, 1 of 1" in log(folder), 300, "the save")
     command("spd_launch.cancel", "latest")
+
+
+BROKEN = """
+import socket
+
+from spd_core.component_model import ComponentModel
+from spd_core.data.batches import Batch
+from spd_core.losses.distance import LossParts
+
+
+def loss(model: ComponentModel, batch: Batch, *, node: str) -> LossParts:
+    if socket.gethostname() == node:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return batch.target_out.sum() * 0, 1
+"""
+
+
+def test_a_run_goes_on_without_a_node_that_breaks_it(
+    launch: Launch, command: Command, project: Path, slurm: Cluster
+) -> None:
+    (project / "broken.py").write_text(BROKEN)
+    loss = "losses.broken={path: broken.loss, coeff: 1.0, node: node1}"
+    folder, [task] = launch(loss, "cluster.requeue=off", HOLD)
+    [job] = ledger.latest_jobs(folder).values()
+    slurm.run("scontrol", "update", f"jobid={job}", "reqnodelist=node1")
+    slurm.run("scontrol", "release", job)
+    wait_until(folder, task, "failed")
+    wait_for(lambda: slurm.state(job) == "FAILED", 60, "the job to fail")
+    command("spd_launch.resume", "latest", "--exclude=node1")
+    wait_until(folder, task, "finished")
+    assert status(folder, task).host in slurm.nodes[1:]
+    [job] = ledger.latest_jobs(folder).values()
+    assert "ExcNodeList=node1" in slurm.run("scontrol", "show", "job", job)
