@@ -8,13 +8,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
+from spd_core.run_dir import write_atomic
 from spd_launch import ledger, slurm_state
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir
 from spd_launch.observe import Observed, ask_slurm, judge, observe, parser, strangers
+from spd_launch.pack import CANCELLED, owner_file
 from spd_launch.slurm_state import LiveJob
 
 MANY = 20  # live jobs, of which a person is asked once more
@@ -31,14 +33,16 @@ def main() -> int:
     if wanted is not None:
         if ledger.read_info(launch)["kind"] == "local" and len(rows) > 1:
             raise LaunchError(
-                "runs on this machine go one after another in one process: cancel the whole launch "
+                "runs on this machine have one launcher, which ends with them: cancel all of them "
                 f"(python -m spd_launch.cancel {launch.launch_id}) and resume the runs you want"
             )
         names = {row.name for row in ledger.find_rows(rows, wanted)}
         rows = [row for row in rows if row.name in names or row.after in names]
     in_queue = ask_slurm(launch)
-    observed = [row for row in judge(launch, rows, in_queue) if row.state != "finished"]
+    all_rows, names = judge(launch, ledger.read_rows(launch), in_queue), {row.name for row in rows}
+    observed = [row for row in all_rows if row.row.name in names and row.state != "finished"]
     live = [row for row in observed if row.live]
+    kept = {row.job_id for row in all_rows if row.live and row.row.name not in names}
     if len(live) > MANY and not given.yes and sys.stdin.isatty():
         answer = input(f"cancel {len(live)} live jobs of {launch.launch_id}? [y/N] ")
         if answer.strip().lower() not in ("y", "yes"):
@@ -48,7 +52,7 @@ def main() -> int:
     try:
         ledger.note_jobs(launch, "cancel", {row.row.name: row.job_id for row in live})
     finally:  # also where the disk is full, which may be why they are cancelled
-        _end(launch, live, in_queue)
+        _end(launch, live, in_queue, kept)
     # Only now: a run that is being ended still saves, and says that it stopped.
     for row in observe(launch, [row.row for row in observed]):
         if not row.live and row.state not in ("finished", "failed"):
@@ -61,18 +65,35 @@ def main() -> int:
     return 0
 
 
-def _end(launch: LaunchDir, live: Sequence[Observed], in_queue: Mapping[str, LiveJob]) -> None:
-    """Ask for the end of these jobs, and wait for it."""
+def _end(
+    launch: LaunchDir,
+    live: Sequence[Observed],
+    in_queue: Mapping[str, LiveJob],
+    kept: Collection[str],
+) -> None:
+    """Ask for the end of these runs, and wait for it; jobs that others share are `kept`."""
     if ledger.read_info(launch)["kind"] == "local":
         # One process runs them one after another; a second signal would not let it save.
         for row in {row.job_id: row for row in live}.values():
             _end_here(row)
     else:
+        for row in live:
+            if row.job_id in kept:
+                _end_beside_others(launch, row)
         given = ledger.jobs_of_runs(launch)
         jobs = {job for row in live for job in given[row.row.name]}  # two, where resumed at once
-        slurm_state.cancel_jobs(sorted(jobs & in_queue.keys()))
+        slurm_state.cancel_jobs(sorted((jobs & in_queue.keys()) - {*kept}))
     rows = [row.row for row in live]
     _wait_while(lambda: any(row.live for row in observe(launch, rows)))
+
+
+def _end_beside_others(launch: LaunchDir, row: Observed) -> None:
+    """Its own process reads in the run's folder that it is to save and end."""
+    folder = launch.folder(row.row)
+    if row.state == "running" and row.status.state == "running":
+        write_atomic(owner_file(folder), CANCELLED)
+    else:
+        ledger.mark(folder, "cancelled")  # so it will not start
 
 
 def _wait_while(alive: Callable[[], bool], timeout_s: float = 120) -> None:

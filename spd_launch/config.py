@@ -1,10 +1,10 @@
 """The schema of what a user composes: a run, with where and how it is launched. Loads no torch."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from spd_core.base_config import BaseConfig, Count, Positive
 from spd_core.config import RunConfig, WandbConfig, config_digest
@@ -61,6 +61,7 @@ class LaunchConfig(BaseConfig):
     dry_run: bool
     wait: bool = Field(description="come back when all is over, with code 1 if a run failed")
     max_parallel: Count | None = Field(description="array tasks at one time; null = no limit")
+    pack: Count = Field(description="runs that share one array task, and what that is given")
     snapshot: Literal["copy", "commit", "off"] = Field(
         description="copy = run from a copy; commit = only keep it in git; off = neither"
     )
@@ -90,6 +91,15 @@ class JobConfig(RunConfig):
 
     cluster: ClusterConfig
     launch: LaunchConfig
+
+    @model_validator(mode="after")
+    def _packed_runs_are_of_one_process(self) -> Self:
+        if self.launch.pack > 1 and self.dp > 1:
+            raise ValueError(
+                f"launch.pack={self.launch.pack} with dp={self.dp}: runs that share a GPU or node "
+                "are of one process each; set dp=1, or launch.pack=1"
+            )
+        return self
 
 
 def run_config(job: JobConfig) -> RunConfig:

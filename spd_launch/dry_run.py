@@ -12,7 +12,7 @@ from spd_launch.compose import PACKAGE_ROOT, as_typed
 from spd_launch.errors import LaunchError
 from spd_launch.ledger import LaunchDir
 from spd_launch.local import rank_command
-from spd_launch.plan import Array, LaunchPlan, in_words, step_tasks
+from spd_launch.plan import Array, LaunchPlan, in_words, share, step_tasks
 from spd_launch.snapshot import repository
 from spd_launch.steps import STEPS, Row, step_rows
 from spd_launch.submit import script, send_all, setup_file
@@ -41,9 +41,12 @@ def show(plan: LaunchPlan) -> int:
         _show_array(launch, array, python_path)
         if array.cluster.kind == "slurm":
             _show_script(script(launch, array, python_path, n_arrays, dependency), n_sent, array)
-        one = len(array.tasks) == 1
-        ids = [f"JOB{n_sent}" if one else f"JOB{n_sent}_{i}" for i in range(len(array.tasks))]
-        return dict(zip([task.run_id for task in array.tasks], ids, strict=True))
+        one = len(array.elements) == 1
+        return {
+            task.run_id: f"JOB{n_sent}" if one else f"JOB{n_sent}_{i}"
+            for i, element in enumerate(array.elements)
+            for task in element
+        }
 
     send_all(tasks, rows, _array_limit(plan), {}, send)
     print("dry run: nothing written, nothing sent")
@@ -60,12 +63,15 @@ def _array_limit(plan: LaunchPlan) -> int:
 
 
 def _show_array(launch: LaunchDir, array: Array, python_path: Path) -> None:
-    cluster = array.cluster
+    cluster = share(array.cluster, array.pack)
     place = "here" if cluster.kind == "local" else f"partition {cluster.partition or '(default)'}"
     print(
         f"cluster={cluster.name}, {place}: {in_words(array.tasks)}, each {array.nodes} node(s) x "
         f"{array.tasks_per_node} process(es), {cluster.time_min} min"
     )
+    if array.pack > 1:
+        shared = "run at a time here" if cluster.kind == "local" else "share one array task"
+        print(f"  launch.pack: {array.pack} runs {shared}, each on {cluster.cpus_per_task} core(s)")
     for task in array.tasks:
         after = "" if task.after is None else f"   after {task.after}"
         print(f"  {task.run_id}   {as_typed(task.overrides)}{after}")

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,6 +218,18 @@ def jobs_of_runs(launch: LaunchDir) -> dict[str, list[str]]:
         for run_id, job in entry["jobs"].items() if entry["kind"] != "cancel" else ():
             jobs.setdefault(run_id, []).insert(0, job)
     return jobs
+
+
+def latest_places(launch: LaunchDir) -> dict[str, int]:
+    """run id -> its number among the runs that share the job it was last given."""
+    places: dict[str, int] = {}
+    for entry in _job_lines(launch):
+        if entry["kind"] != "cancel":
+            n_in_job = Counter[str]()
+            for run_id, job in entry["jobs"].items():
+                places[run_id] = n_in_job[job]
+                n_in_job[job] += 1
+    return places
 
 
 def _job_lines(launch: LaunchDir) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Runs on this machine: dp processes of what Slurm would start, one task after another."""
+"""Runs on this machine: dp processes of what Slurm would start, `launch.pack` tasks at a time."""
 
 import os
 import signal
@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from threading import Event, Lock
 
 from spd_core.run_dir import RunDir
 from spd_launch.ledger import LaunchDir, find_row, mark_failed, note_jobs, read_rows
-from spd_launch.plan import Task
+from spd_launch.plan import Task, share
 from spd_launch.run_record import read_status
 from spd_launch.steps import STEPS
 from spd_launch.task import STOPPED, rank_environment
@@ -21,25 +23,47 @@ from spd_launch.then import unmet
 def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int:
     """Run the tasks; returns 0 if all finished, else the exit code of the first that did not.
 
-    Ctrl-C saves, ends the present run and leaves the others for `resume`. A step whose runs have
-    not finished is left too.
+    `launch.pack` runs are at work at one time, each with a log of its own. Ctrl-C saves, ends what
+    runs and leaves the others for `resume`. A step whose runs have not finished is left too.
     """
     job_id = f"local-{os.getpid()}"
     note_jobs(launch, "local", {task.run_id: job_id for task in tasks})
-    rows, worst = read_rows(launch), 0
-    with term_is_interrupt():
-        for number, task in enumerate(tasks, start=1):
+    runs = [task for task in tasks if task.goal not in STEPS]
+    pack = max(1, min(tasks[0].config.launch.pack, len(runs)))
+    started, starting, stopping = list[subprocess.Popen[bytes]](), Lock(), Event()
+    rows = read_rows(launch)
+
+    def run(task: Task) -> int:
+        number = tasks.index(task)
+        log = launch.logs / f"{job_id}_{number}_log.out" if pack > 1 else None
+        with starting:
+            if stopping.is_set():
+                return STOPPED
             if len(tasks) > 1:
-                print(f"[{number}/{len(tasks)}] {task.run_id}", flush=True)
+                its_log = "" if log is None else f"   {log}"
+                print(f"[{number + 1}/{len(tasks)}] {task.run_id}{its_log}", flush=True)
             if task.goal in STEPS and (problem := unmet(launch, find_row(rows, task.run_id))):
                 print(f"not started: {problem}", flush=True)
-                worst = worst or 1
-                continue
-            code = _run_one(launch, task, python_path, job_id)
-            if code == STOPPED:
-                return code
-            worst = worst or code
-    return worst
+                return 1
+            at_once = 1 if task.goal in STEPS else pack
+            ranks = _start(launch, task, python_path, f"{job_id}-{task.index}", at_once, log)
+            started.extend(ranks)
+        code = _wait(ranks)
+        if code == STOPPED:
+            stopping.set()
+        elif code == 128 + signal.SIGKILL and task.goal not in STEPS and not stopping.is_set():
+            _say_that_it_was_killed(launch.run_dir(task.run_id))
+        return code
+
+    with term_is_interrupt(), ThreadPoolExecutor(pack) as pool:
+        try:
+            codes = list(pool.map(run, runs))
+            codes += [run(task) for task in tasks if task.goal in STEPS]
+        except KeyboardInterrupt:
+            with starting:
+                stopping.set()
+            return _interrupt(started)
+    return STOPPED if STOPPED in codes else next(filter(None, codes), 0)
 
 
 def rank_command(launch: LaunchDir, task: Task) -> list[str]:
@@ -48,30 +72,29 @@ def rank_command(launch: LaunchDir, task: Task) -> list[str]:
     return [sys.executable, "-m", module, str(launch.path), task.run_id]
 
 
-def _run_one(launch: LaunchDir, task: Task, python_path: Path, job_id: str) -> int:
-    dp = task.nodes * task.tasks_per_node
-    ranks = [
-        subprocess.Popen(
-            rank_command(launch, task),
-            env={
-                **os.environ,
-                **rank_environment(task.config.cluster, python_path),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(dp),
-                "SPD_JOB_ID": f"{job_id}-{task.index}",
-                "SPD_LAUNCHER": str(os.getpid()),
-            },
-        )
-        for rank in range(dp)
-    ]
-    try:
-        code = _wait(ranks)
-    except KeyboardInterrupt:
-        return _interrupt(ranks)
-    if code == 128 + signal.SIGKILL and task.goal not in STEPS:
-        _say_that_it_was_killed(launch.run_dir(task.run_id))
-    return code
+def _start(
+    launch: LaunchDir, task: Task, python_path: Path, job_id: str, pack: int, log: Path | None
+) -> list[subprocess.Popen[bytes]]:
+    """The ranks of a task, which has its part of the cores of `pack`; to the terminal, or a log."""
+    dp, cluster = task.nodes * task.tasks_per_node, share(task.config.cluster, pack)
+    with nullcontext() if log is None else open(log, "a") as output:
+        return [
+            subprocess.Popen(
+                rank_command(launch, task),
+                env={
+                    **os.environ,
+                    **rank_environment(cluster, python_path),
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(dp),
+                    "SPD_JOB_ID": job_id,
+                    "SPD_LAUNCHER": str(os.getpid()),
+                },
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+            )
+            for rank in range(dp)
+        ]
 
 
 def _say_that_it_was_killed(run_dir: RunDir) -> None:

@@ -24,7 +24,9 @@ def main() -> int:
     launch, run = ledger.find(given.launch, given.out_dir)
     wanted = given.task or run
     rows, jobs = ledger.read_rows(launch), ledger.latest_jobs(launch)
-    if ledger.read_info(launch)["kind"] == "local":
+    places = {name: place + given.rank for name, place in ledger.latest_places(launch).items()}
+    # A launch of one run at a time writes to the terminal that it is in.
+    if ledger.read_info(launch)["kind"] == "local" and not any(launch.logs.iterdir()):
         for row in rows if wanted is None else [ledger.find_row(rows, wanted)]:
             _say_if_failed(launch, row)
         raise LaunchError(f"{launch.launch_id} ran in a terminal, which kept its output")
@@ -32,25 +34,25 @@ def main() -> int:
     if wanted is None and (n_runs or len(rows)) > 1 and not given.follow:
         lines = [
             [str(row.index), row.name, row_status(launch, row).state,
-             str(log_file(launch, jobs.get(row.name), given.rank) or "not sent")]
+             str(log_file(launch, jobs.get(row.name), places.get(row.name)) or "not sent")]
             for row in rows
         ]  # fmt: skip
         print_table(["#", "name", "state", "log"], lines)
         print(f"one of them: python -m spd_launch.logs {launch.launch_id} 0   (-f follows it)")
         return 0
     row = ledger.find_row(rows, wanted or "0")
-    file = log_file(launch, jobs.get(row.name), given.rank)
+    file = log_file(launch, jobs.get(row.name), places.get(row.name))
     if row.after is not None and (file is None or not file.exists()):
         print(f"it has not started: first comes its {'run' if row.goal in STEPS else 'target'}")
         before = ledger.find_row(rows, row.after)
-        _show(launch, before, jobs.get(before.name), given.rank, given.follow)
-    _show(launch, row, jobs.get(row.name), given.rank, given.follow)
+        file_before = log_file(launch, jobs.get(before.name), places.get(before.name))
+        _show(launch, before, file_before, given.follow)
+    _show(launch, row, file, given.follow)
     return 0
 
 
-def _show(launch: LaunchDir, row: Row, job_id: str | None, rank: int, follow: bool) -> None:
+def _show(launch: LaunchDir, row: Row, file: Path | None, follow: bool) -> None:
     """The error first, where it failed: a log is long."""
-    file = log_file(launch, job_id, rank)
     if file is None:
         print(f"{row.name} was not sent: python -m spd_launch.resume {launch.launch_id}")
         return
@@ -76,9 +78,9 @@ def _say_if_failed(launch: LaunchDir, row: Row) -> None:
         print(f"{row.name} failed: {read_error(launch.folder(row))}")
 
 
-def log_file(launch: LaunchDir, job_id: str | None, rank: int) -> Path | None:
-    """The log of a job, to which its attempts append; None where none was sent."""
-    return None if job_id is None else launch.logs / f"{job_id}_{rank}_log.out"
+def log_file(launch: LaunchDir, job_id: str | None, process: int | None) -> Path | None:
+    """The log of one process of a job, to which its attempts append; None where none was sent."""
+    return None if job_id is None else launch.logs / f"{job_id}_{process}_log.out"
 
 
 def _follow(file: Path, launch: LaunchDir, row: Row) -> None:

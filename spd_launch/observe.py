@@ -4,6 +4,7 @@ import argparse
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ def judge(
         at_work = [job for job in given.get(row.name, []) if lives(job, statuses[row.name])]
         if at_work:  # not the newest where two people resumed at once, and the run refused that
             jobs[row.name] = at_work[0]
+    shared = {job for job, n_runs in Counter(jobs.values()).items() if n_runs > 1}
     lost = [
         jobs[row.name]
         for row in rows
@@ -102,7 +104,9 @@ def judge(
     for row in rows:
         status, job_id = statuses[row.name], jobs.get(row.name, "")
         job = live.get(job_id)
-        alive = bool(job_id) and lives(job_id, status)
+        if job_id in shared and status.state in DONE:  # the job goes on for others
+            job = None
+        alive = job is not None if on_slurm else bool(job_id) and lives(job_id, status)
         where = status.host
         if job is not None:
             state, where = job.state.lower(), job.where

@@ -53,6 +53,18 @@ class Array:
     tasks_per_node: int
     tasks: tuple[Task, ...]
 
+    @property
+    def pack(self) -> int:
+        """How many tasks share one element: `launch.pack` runs, but targets and steps do not."""
+        shared = self.tasks[0].goal == "decomposition"
+        return min(self.tasks[0].config.launch.pack, len(self.tasks)) if shared else 1
+
+    @property
+    def elements(self) -> list[tuple[Task, ...]]:
+        """The tasks of each element; the last one may have fewer."""
+        starts = range(0, len(self.tasks), self.pack)
+        return [self.tasks[start : start + self.pack] for start in starts]
+
 
 @dataclass(frozen=True)
 class LaunchPlan:
@@ -174,8 +186,11 @@ def step_arrays(
     `ends` holds the job that each run's chain ends with so far (or several, as 7_0:7_1), by run
     id, and under None the last step of the whole launch; what is over is absent. Of these, `sent`
     are sent with this step. A step of a run waits for its run, element by element where those are
-    an array (aftercorr); a step of the launch waits for all of them.
+    an array (aftercorr); a step of the launch waits for all of them. Runs that share a job
+    (`launch.pack`) fail apart, but their job fails with any: a step of a run comes after it however
+    it ended, and looks itself whether its run has finished.
     """
+    packed = bool(tasks) and tasks[0].config.launch.pack > 1
     word = {"all": "afterok", "any": "afterany"}[needs]
     last = [f"{word}:{ends[None]}"] if None in ends else []
     found: list[tuple[Array, list[str]]] = []
@@ -190,13 +205,14 @@ def step_arrays(
             found.append((_of_one_process(members), [f"{word}:{':'.join(ids)}"] if ids else []))
         elif not before:
             found.append((_of_one_process(members), last))
-        elif before == [f"{array}_{i}" for i in range(len(members))]:
+        elif not packed and before == [f"{array}_{i}" for i in range(len(members))]:
             found.append((_of_one_process(members), [f"aftercorr:{array}", *last]))
         else:
             after: dict[str, list[Task]] = {}
             for task, job in zip(members, before, strict=True):
                 after.setdefault(job, []).append(task)
-            found += [(_of_one_process(t), [f"afterok:{job}", *last]) for job, t in after.items()]
+            own = "afterany" if packed else "afterok"
+            found += [(_of_one_process(t), [f"{own}:{job}", *last]) for job, t in after.items()]
     return [(array, ",".join(dependency) or None) for array, dependency in found]
 
 
@@ -226,6 +242,11 @@ def shape(cluster: ClusterConfig, dp: int) -> tuple[int, int]:
         f"{full}, or whole nodes: {dp // full * full}, {(dp // full + 1) * full}, ... "
         "(or give cluster.nodes and cluster.gpus_per_node)"
     )
+
+
+def share(cluster: ClusterConfig, pack: int) -> ClusterConfig:
+    """What each of `pack` runs has of the cores of one task: at least one of its own."""
+    return cluster.model_copy(update={"cpus_per_task": max(1, cluster.cpus_per_task // pack)})
 
 
 def run_ids(runs: Sequence[tuple[dict[str, str], JobConfig]], suffix: str) -> list[str]:

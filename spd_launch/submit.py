@@ -24,16 +24,18 @@ from spd_launch.config import ClusterConfig
 from spd_launch.errors import LaunchError, nearest
 from spd_launch.ledger import LaunchDir, jobs_of_runs, note_jobs, read_rows
 from spd_launch.local import term_is_interrupt
-from spd_launch.plan import Array, Task, group, step_arrays
+from spd_launch.plan import Array, Task, group, share, step_arrays
 from spd_launch.steps import STEPS, Row
 
+SRUN = ["--open-mode=append", "--export=ALL"]
 # A rank that dies ends its peers, which would wait for it in a collective for ever.
+RANKS_OF_ONE = ["--kill-on-bad-exit=1", "--wait=60"]
+RUNS_APART = ["--kill-on-bad-exit=0", "--wait=0"]
 # Also where a line of the setup file fails that is not its last one, such as a `module load`.
 FAILED_SETUP = (
     'echo "cluster.setup: line $LINENO ended with code $?: '
     '$(sed -n "${LINENO}p" "$BASH_SOURCE")" >&2; exit 1'
 )
-SRUN = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append", "--export=ALL"]
 
 
 def submit(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> dict[str, str]:
@@ -119,11 +121,11 @@ def send_all(
 
 
 def split(arrays: Sequence[Array], limit: int) -> list[Array]:
-    """Arrays of at most `limit` tasks: MaxArraySize bounds the index, which starts at 0 in each."""
+    """At most `limit` elements each: MaxArraySize bounds the index, which starts at 0 in each."""
     return [
-        replace(array, tasks=array.tasks[start : start + limit])
+        replace(array, tasks=array.tasks[start : start + limit * array.pack])
         for array in arrays
-        for start in range(0, len(array.tasks), limit)
+        for start in range(0, len(array.tasks), limit * array.pack)
     ]
 
 
@@ -139,13 +141,17 @@ def _send(
         executor.update_parameters(
             **job_parameters(launch, array, python_path, n_arrays, dependency)
         )
-        names = [t.run_id for t in array.tasks]
+        ids = [[t.run_id for t in element] for element in array.elements]
         with redirect_stderr(io.StringIO()):  # submitit prints what it also raises
-            function = then.run if array.tasks[0].goal in STEPS else task.run
-            sent = executor.map_array(function, [str(launch.path)] * len(names), names)
+            paths = [str(launch.path)] * len(ids)
+            if array.pack > 1:
+                sent = executor.map_array(task.run_one_of, paths, ids)
+            else:
+                function = then.run if array.tasks[0].goal in STEPS else task.run
+                sent = executor.map_array(function, paths, [name for [name] in ids])
     except (FailedJobError, FailedSubmissionError) as error:
         raise LaunchError(_in_slurms_words(str(error), array.cluster)) from None
-    jobs = {name: job.job_id for name, job in zip(names, sent, strict=True)}
+    jobs = {name: job.job_id for of_one, job in zip(ids, sent, strict=True) for name in of_one}
     note_jobs(launch, "submit", jobs)
     return jobs
 
@@ -163,8 +169,8 @@ def script(
 
     writer = Writer(launch.logs)
     writer.update_parameters(**job_parameters(launch, array, python_path, n_arrays, dependency))
-    if len(array.tasks) > 1:
-        writer.parameters["map_count"] = len(array.tasks)
+    if len(array.elements) > 1:
+        writer.parameters["map_count"] = len(array.elements)
     return writer._make_submission_file_text(writer._submitit_command_str, "")
 
 
@@ -174,10 +180,10 @@ def job_parameters(
     """What submitit puts into the script; `dependency` in Slurm's words, such as afterok:12_3.
 
     The `n_arrays` arrays of one launch that may run at one time share `max_parallel` in equal
-    parts, at least one task each.
+    parts, at least one task each. `launch.pack` runs are srun's tasks on the one node of theirs.
     """
-    cluster, per_node = array.cluster, array.tasks_per_node
-    n = len(array.tasks)
+    cluster, per_node, pack = share(array.cluster, array.pack), array.tasks_per_node, array.pack
+    n, of_tasks = len(array.elements), RUNS_APART if pack > 1 else RANKS_OF_ONE
     parallel = array.tasks[0].config.launch.max_parallel
     further = {k.replace("_", "-"): v for k, v in cluster.sbatch.items() if v is not False}
     if dependency is not None:
@@ -189,7 +195,7 @@ def job_parameters(
         "comment": launch.launch_id,
         "wckey": None,  # submitit's default is refused where wckeys are enforced
         "nodes": array.nodes,
-        "ntasks_per_node": per_node,
+        "ntasks_per_node": per_node * pack,
         "cpus_per_task": cluster.cpus_per_task,
         "gpus_per_node": per_node if cluster.device == "gpu" and not asks_for_gpus else None,
         "mem": f"{int(cluster.mem_per_task_gb * per_node * 1024)}M"
@@ -204,7 +210,7 @@ def job_parameters(
         "stderr_to_stdout": True,
         "setup": _setup_lines(launch, cluster, python_path),
         # srun does not inherit --cpus-per-task (Slurm >= 22.05)
-        "srun_args": [*SRUN, f"--cpus-per-task={cluster.cpus_per_task}"],
+        "srun_args": [*SRUN, *of_tasks, f"--cpus-per-task={cluster.cpus_per_task}"],
         "additional_parameters": {
             "requeue" if cluster.requeue == "on" else "no-requeue": True,
             **further,

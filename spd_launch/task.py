@@ -2,13 +2,15 @@
 
     python -m spd_launch.task LAUNCH_DIR RUN_ID     one local rank (RANK, WORLD_SIZE, LOCAL_RANK)
 
-On Slurm, submitit calls `run` in each task of a job. Signals:
+On Slurm, submitit calls `run` in each task of a job, or `run_one_of` where several runs share it
+(`launch.pack`). Signals:
 USR2 (the time limit is near)      save together, then rank 0 requeues the job.
 TERM (preemption, or scancel)      save together, then WAIT to be killed: who exits in the grace
                                    period counts as completed and is never requeued by Slurm, and
                                    a cancelled job must not requeue itself.
 Locally, INT and TERM save and exit with 130.
-A job that crashes is requeued as well, if it got further than at its last crash.
+A job that crashes is requeued as well, if it got further than at its last crash. Runs that share a
+job fail apart, and are requeued together: what failed stays failed until `resume`.
 A toy target cannot be saved on its way: it goes on, and starts anew where it is killed.
 """
 
@@ -19,8 +21,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 
@@ -31,6 +34,7 @@ from spd_launch import slurm_state
 from spd_launch.config import ClusterConfig, JobConfig
 from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_info, read_task
+from spd_launch.pack import CANCELLED, not_for_this_job, owner_file, speaks_for_all
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
 from spd_launch.preflight import check_code, check_node, drop_half_result
 from spd_launch.progress import Heartbeat, StepBar
@@ -71,7 +75,10 @@ def rank_environment(cluster: ClusterConfig, python_path: Path) -> dict[str, str
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands: its rank, and which attempt of which job it belongs to."""
+    """Where this process stands: its rank, and which attempt of which job it belongs to.
+
+    `beside` are the other runs of the job, each with a process of its own.
+    """
 
     rank: int
     world_size: int
@@ -79,6 +86,7 @@ class Place:
     nodes: int
     job_id: str
     restart: int
+    beside: tuple[str, ...] = ()
 
 
 def place_from_environment(kind: str) -> Place:
@@ -120,15 +128,30 @@ def run(launch_dir: str, run_id: str) -> None:
 
     An exception marks the run failed and leaves the process with a non-zero code.
     """
-    stop = Stop()
+    stop, launch = Stop(), LaunchDir(Path(launch_dir))
+    _run(launch, run_id, place_from_environment(read_info(launch)["kind"]), stop)
+
+
+def run_one_of(launch_dir: str, run_ids: Sequence[str]) -> None:
+    """`run` one of the runs that share a job; srun's number of this process says which."""
+    stop, launch, place = Stop(), LaunchDir(Path(launch_dir)), place_from_environment("slurm")
+    if place.rank >= len(run_ids):
+        return  # the last job of an array may have fewer runs than the others
+    run_id = run_ids[place.rank]
+    beside = tuple(other for other in run_ids if other != run_id)
+    _run(launch, run_id, replace(place, rank=0, world_size=1, beside=beside), stop)
+
+
+def _run(launch: LaunchDir, run_id: str, place: Place, stop: Stop) -> None:
     os.umask(0o002)
     check_code()
     drop_half_result()
-    launch = LaunchDir(Path(launch_dir))
-    os.environ["SPD_LAUNCH"] = launch_dir  # for the upload, a process of its own
+    os.environ["SPD_LAUNCH"] = str(launch.path)  # for the upload, a process of its own
     run_dir, config = launch.run_dir(run_id), read_task(launch, run_id).config
-    place = place_from_environment(config.cluster.kind)
     _end_with_launcher(config.cluster)
+    if place.beside and (problem := not_for_this_job(launch, run_id, place)):
+        print(problem, flush=True)
+        sys.exit(1)
     lock = _lock(run_dir, place) if place.rank == 0 else None
     status = read_status(run_dir)
     if status is not None and status.state == "finished":
@@ -161,7 +184,7 @@ def _lock(run_dir: RunDir, place: Place) -> TextIO:
     The lock lasts as long as the process, however that ends. On a node that Slurm has lost it may
     go on when its job runs elsewhere: `.owner` tells it to end, and the new attempt waits for that.
     """
-    file, owner = open(run_dir.path / ".lock", "w"), run_dir.path / ".owner"  # noqa: SIM115
+    file, owner = open(run_dir.path / ".lock", "w"), owner_file(run_dir)  # noqa: SIM115
     own, deadline = f"{place.job_id} {place.restart}", time.monotonic() + TAKEOVER_S
     while not _acquired(file):
         same_job = owner.exists() and owner.read_text().split()[0] == place.job_id
@@ -182,7 +205,11 @@ def _end_when_superseded(owner: Path, own: str) -> None:
     while True:
         time.sleep(OWNER_S)
         with suppress(OSError):  # the folder was removed; or NFS, that the file was replaced
-            if owner.read_text() != own:
+            now = owner.read_text()
+            if now == CANCELLED:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            if now != own:
                 print("this job was started again elsewhere: this attempt ends", flush=True)
                 os._exit(1)
 
@@ -318,6 +345,9 @@ def _leave(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> NoRe
     if config.cluster.kind == "local":
         sys.exit(STOPPED)
     _wait_for_reason(stop)
+    if place.beside and owner_file(run_dir).read_text() == CANCELLED:
+        mark(run_dir, "cancelled")
+        sys.exit(128 + signal.SIGTERM)
     if stop.signal == signal.SIGUSR2 and place.rank == 0:
         n_limits = n_time_limits(run_dir, place.job_id)
         if config.cluster.requeue == "off" or n_limits >= config.launch.max_requeues:
@@ -325,7 +355,8 @@ def _leave(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> NoRe
             sys.exit(1)
         print(f"saved; to be requeued, {n_limits + 1} of {config.launch.max_requeues}", flush=True)
         note_time_limit(run_dir, place.job_id)
-        if not slurm_state.requeue(os.environ["SLURM_JOB_ID"]):
+        speaks = speaks_for_all(run_dir, place, config.cluster.signal_delay_s / 2)
+        if speaks and not slurm_state.requeue(os.environ["SLURM_JOB_ID"]):
             sys.exit(1)
     time.sleep(3600)
     sys.exit(128 + signal.SIGTERM)
@@ -333,7 +364,7 @@ def _leave(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop) -> NoRe
 
 def _may_crash_again(config: JobConfig, run_dir: RunDir, place: Place, error: Exception) -> bool:
     """Whether this crash is worth another turn: it is not what the same config does each time."""
-    if config.cluster.kind == "local" or config.cluster.requeue == "off":
+    if config.cluster.kind == "local" or config.cluster.requeue == "off" or place.beside:
         return False
     if isinstance(error, ValueError | FloatingPointError):
         return False

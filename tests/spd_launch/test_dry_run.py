@@ -45,6 +45,16 @@ def test_each_array_with_its_script_environment_and_command(tmp_path: Path, caps
     assert text.endswith("dry run: nothing written, nothing sent\n")
 
 
+def test_packed_runs_are_said_to_share_cores(tmp_path: Path, capsys) -> None:
+    packed = ["seed=0,1,2", "launch.pack=2"]
+    text = shown(tmp_path / "out", capsys, *CPU, *packed, "cluster.cpus_per_task=6")
+    assert "launch.pack: 2 runs share one array task, each on 3 core(s)" in text
+    _, runs = scripts(text)
+    assert "#SBATCH --array=0-1%2" in runs and "export OMP_NUM_THREADS=3" in runs
+    text = shown(tmp_path / "out", capsys, *LOCAL, *packed, "launch.snapshot=off")
+    assert "launch.pack: 2 runs run at a time here, each on 1 core(s)" in text
+
+
 def test_steps_are_shown_with_what_they_wait_for(tmp_path: Path, capsys) -> None:
     then = "launch.then=[evaluate,report]"
     text = shown(tmp_path / "out", capsys, *CPU, "seed=0,1", then)

@@ -31,6 +31,7 @@ def test_the_core_refuses_what_it_does_not_know_of(section):
     ({"cluster__gpus_per_node": 0}, "gpus_per_node"),
     ({"cluster__requeue": "perhaps"}, "requeue"),
     ({"launch__max_requeues": -1}, "max_requeues"),
+    ({"launch__pack": 2, "dp": 2}, r"launch\.pack=2 with dp=2: .*set dp=1, or launch\.pack=1"),
     ({"launch__goal": "nothing"}, "goal"),
 ])  # fmt: skip
 def test_wrong_fields_are_rejected_by_name(change, message):

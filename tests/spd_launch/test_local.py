@@ -14,13 +14,18 @@ import pytest
 from launch_configs import SMALL
 
 from spd_core.run_dir import RunDir, read_metrics
-from spd_launch.ledger import find_launch
+from spd_launch.ledger import find_launch, read_rows
 from spd_launch.run_record import Status, read_status
 
 ROOT = Path(__file__).parent.parent.parent
 RUN = ["+experiment=tms_5-2", "cluster=local", *SMALL]
 LONG = ["train.steps=1000000", "checkpoint.every_steps=20", "eval.every=1000000",
         "eval.slow_every=1000000"]  # fmt: skip
+NO_FIGURES = [
+    f"eval.metrics.{name}=null"
+    for name in ("ci_histograms", "component_activation_density", "uv_plots",
+                 "ci_mean_per_component", "permuted_ci_plots")
+]  # fmt: skip
 Start = Callable[..., subprocess.Popen[str]]
 
 
@@ -112,6 +117,54 @@ def test_a_target_alone(start: Start, tmp_path: Path) -> None:
     assert "failed: ValueError: no target of seeds 0 to 0 is good" in shown
 
 
+OWN = """
+def loss(model, batch, *, seed: int):
+    if seed == 1:
+        raise ArithmeticError("not this one")
+    return batch.target_out.sum() * 0, 1
+"""
+
+
+@pytest.mark.slow
+def test_packed_runs_fail_apart_and_have_logs(
+    start: Start, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_loss.py").write_text(OWN)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    own = "losses.own={path: own_loss.loss, coeff: 1.0, seed: '${seed}'}"
+    packed = ["-m", *RUN, *NO_FIGURES, own, "seed=0,1,2", "launch.pack=2"]
+    text = ended(start("spd_launch", *packed, "launch.then=[evaluate]"), 1)
+    launch = find_launch("latest", out)
+    rows = {row.name: row for row in read_rows(launch)}
+    states = [read_status(launch.folder(row)) for row in rows.values()]
+    assert [s.state if s else None for s in states] == [
+        "finished", "failed", "finished", "finished", None, "finished",
+    ]  # fmt: skip
+    assert "evaluate-" in text and "not started" in text
+    shown = ended(start("spd_launch.logs", "latest", "1"), 0)
+    assert "ArithmeticError: not this one" in shown
+    other = ended(start("spd_launch.logs", "latest", "0"), 0)
+    assert "ArithmeticError" not in other and "step 4/4" in other
+
+
+@pytest.mark.slow
+def test_packed_runs_are_at_work_at_once_and_stop_together(start: Start, out: Path) -> None:
+    before = len(list(out.glob("runs/*")))
+    launcher = start("spd_launch", "-m", *RUN, *LONG, "seed=0,1,2", "launch.pack=2")
+    wait_for_checkpoint(out, before)
+    launch = find_launch("latest", out)
+    runs = [launch.run_dir(row.name) for row in read_rows(launch)]
+    deadline = time.monotonic() + 60
+    while not all(list(r.checkpoints.glob("step_*")) for r in runs[:2]):
+        assert time.monotonic() < deadline, "the second run has no checkpoint"
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGINT)
+    ended(launcher, 130)
+    states = [read_status(run) for run in runs]
+    assert [s.state for s in states if s] == ["stopped", "stopped", "pending"]
+    assert not any(ranks_of(run) for run in runs)
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_saves_and_can_be_cancelled_for_good(start: Start, out: Path) -> None:
     before = len(list(out.glob("runs/*")))
@@ -156,11 +209,9 @@ def test_a_killed_launcher_takes_its_ranks_along_and_one_worker_holds_a_run(
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_another_number_of_processes(start: Start, out: Path) -> None:
-    names = ("ci_histograms", "component_activation_density", "uv_plots",
-             "ci_mean_per_component", "permuted_ci_plots")  # fmt: skip
     steps = ["train.steps=60", "eval.every=60", "eval.slow_every=60", "track.log_every=1",
              "checkpoint.every_steps=20", "dp=2"]  # fmt: skip
-    steps += [f"eval.metrics.{name}=null" for name in names]
+    steps += NO_FIGURES
     ended(start("spd_launch", *RUN, *steps), 0)
     whole = newest_run(out)
     before = len(list(out.glob("runs/*")))

@@ -45,6 +45,19 @@ def test_any_rank_and_the_error_comes_first(launch, capsys, monkeypatch) -> None
     assert last == "job 7_1, rank 0"
 
 
+def test_runs_that_share_a_job_have_a_log_each(tmp_path, capsys, monkeypatch) -> None:
+    launch = launched(tmp_path, "running", "running", "running", cluster="cpu")
+    runs = [row.name for row in ledger.read_rows(launch)[:3]]
+    ledger.note_jobs(launch, "submit", {runs[0]: "7_0", runs[1]: "7_0", runs[2]: "7_1"})
+    for name in ("7_0_0", "7_0_1", "7_1_0"):
+        (launch.logs / f"{name}_log.out").write_text(f"{name}\n")
+    shown = [show(launch, capsys, monkeypatch, str(index))[1] for index in range(3)]
+    assert shown == ["7_0_0", "7_0_1", "7_1_0"]
+    ledger.note_jobs(launch, "submit", {runs[1]: "8"})  # resumed by itself
+    ledger.note_jobs(launch, "cancel", {runs[0]: "7_0"})
+    assert ledger.latest_places(launch) == {runs[0]: 0, runs[1]: 0, runs[2]: 0}
+
+
 def test_of_a_whole_launch_where_each_log_is(launch, capsys, monkeypatch) -> None:
     lines = show(launch, capsys, monkeypatch)
     cells = [line.split() for line in lines[1:5]]

@@ -40,6 +40,27 @@ def test_shape_with_nodes_given(nodes: int, full: int, dp: int) -> None:
         assert shape(cluster, dp) == (nodes, dp // nodes)
 
 
+@given(n=st.integers(1, 30), pack=st.integers(1, 9), limit=st.integers(1, 5))
+def test_each_run_is_in_one_element_and_arrays_keep_their_limit(
+    n: int, pack: int, limit: int
+) -> None:
+    runs = [({"seed": str(i)}, config(seed=i, launch__pack=pack)) for i in range(n)]
+    arrays = split(make_plan(runs, "now", "ab12", STORED).arrays, limit)
+    elements = [element for array in arrays for element in array.elements]
+    assert [task.config.seed for element in elements for task in element] == [*range(n)]
+    assert all(len(array.elements) <= limit for array in arrays)
+    assert len(elements) == -(-n // pack) and max(map(len, elements)) == min(pack, n)
+
+
+def test_targets_do_not_share_a_job() -> None:
+    runs = [
+        ({"target.seed": str(i)}, config(target__seed=i, launch__pack=4, launch__goal="target"))
+        for i in range(3)
+    ]
+    [array] = make_plan(runs, "now", "ab12", []).arrays
+    assert array.pack == 1 and len(array.elements) == 3
+
+
 def test_16_gpus_are_two_nodes() -> None:
     assert shape(config("default").cluster, 16) == (2, 8)
     with pytest.raises(LaunchError, match="too many for this machine"):

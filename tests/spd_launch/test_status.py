@@ -98,6 +98,19 @@ def test_what_a_lost_job_was(tmp_path: Path) -> None:
     assert states(launch, live=None)[runs[0].name] == "pending"
 
 
+def test_runs_that_share_a_job_have_states_of_their_own(tmp_path: Path) -> None:
+    launch = launched(
+        tmp_path, "finished", "failed", "cancelled", "running", "stopped", cluster="cpu"
+    )
+    runs = [row.name for row in ledger.read_rows(launch) if row.goal == "decomposition"]
+    ledger.note_jobs(launch, "submit", dict.fromkeys(runs, "7_0"))
+    seen = judge(launch, ledger.read_rows(launch)[:5], {"7_0": LiveJob("RUNNING", "node1")})
+    assert [(row.state, row.live) for row in seen] == [
+        ("finished", False), ("failed", False), ("cancelled", False), ("running", True),
+        ("running", True),
+    ]  # fmt: skip
+
+
 def test_of_jobs_sent_at_once_the_one_that_the_run_did_not_refuse_is_shown(tmp_path: Path) -> None:
     launch = launched(tmp_path / "slurm", "running", cluster="cpu")
     [row] = [row for row in ledger.read_rows(launch) if row.goal == "decomposition"]

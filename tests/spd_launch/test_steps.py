@@ -127,6 +127,21 @@ def test_what_is_over_is_not_waited_for_and_what_lives_is_waited_for_alone() -> 
     ]
 
 
+def test_a_step_of_a_run_that_shares_its_job_looks_itself_whether_that_finished() -> None:
+    # A job of several runs fails with any of them, and aftercorr pairs no runs but elements.
+    packed = RUN.model_copy(update={"launch": RUN.launch.model_copy(update={"pack": 2})})
+    mine = [replace(task, config=packed) for task in tasks(["evaluate"])]
+    ends: dict[str | None, str] = {"run0": "7_0", "run1": "7_0", "run2": "7_1"}
+    found = step_arrays(mine, ends, [*ends.values()], "all")
+    assert [([t.run_id for t in array.tasks], dependency) for array, dependency in found] == [
+        (["evaluate-run0", "evaluate-run1"], "afterany:7_0"),
+        (["evaluate-run2"], "afterany:7_1"),
+    ]
+    # run0 is over, and its evaluation too.
+    [(_, dependency), *_] = step_arrays(mine[1:2], {"run1": "7_0"}, [], "all")
+    assert dependency == "afterany:7_0"
+
+
 @given(st.permutations(["7_0", "7_1", "7_2"]))
 def test_elements_never_wait_for_another_run(jobs: list[str]) -> None:
     found = arrays(["evaluate"], dict(zip(["run0", "run1", "run2"], jobs, strict=True)), jobs)

@@ -24,7 +24,8 @@ def script(folder: Path, *runs: JobConfig, n_arrays: int = 1, dependency: str | 
     plan = make_plan([({"seed": str(i)}, run) for i, run in enumerate(runs)], "now", "ab12", STORED)
     launch = LaunchDir(folder / plan.launch_id)
     parameters = job_parameters(launch, plan.arrays[0], Path("/the code"), n_arrays, dependency)
-    return _make_sbatch_string("COMMAND", launch.logs, map_count=len(runs), **parameters)
+    n = len(plan.arrays[0].elements)
+    return _make_sbatch_string("COMMAND", launch.logs, map_count=n, **parameters)
 
 
 def test_two_gpu_nodes(tmp_path: Path) -> None:
@@ -50,6 +51,16 @@ def test_arrays_share_max_parallel(tmp_path: Path) -> None:
     assert "--array=0-8%7" in script(tmp_path, *runs)
     assert "--array=0-8%2" in script(tmp_path, *runs, n_arrays=3)
     assert "--array=0-8%1" in script(tmp_path, *runs, n_arrays=20)
+
+
+def test_packed_runs_share_what_one_is_given(tmp_path: Path) -> None:
+    runs = [config("default", seed=seed, launch__pack=3) for seed in range(8)]
+    lines = script(tmp_path, *runs).splitlines()
+    asked = "nodes=1 ntasks-per-node=3 gpus-per-node=1 cpus-per-task=2 array=0-2%3"  # of 8 cores
+    assert {f"#SBATCH --{option}" for option in asked.split()} < {*lines}
+    assert "export OMP_NUM_THREADS=2" in lines
+    srun = shlex.split(next(line for line in lines if line.startswith("srun")))
+    assert {"--kill-on-bad-exit=0", "--wait=0", "--cpus-per-task=2"} < {*srun}
 
 
 def test_a_run_after_its_target_is_given_up_where_the_target_fails(tmp_path: Path) -> None:
