@@ -5,8 +5,7 @@
 
 The whole batch stays the same, so each of dp ranks has 1/dp of it. Counted are the calls of
 torch.distributed in one step (training adds one of 4 bytes, whether a rank wants to stop), and the
-products of matrices, by PyTorch's FlopCounterMode, which does not see attention on a CPU. The
-formulas stand in docs/performance.md.
+products of matrices, by PyTorch's FlopCounterMode. The formulas stand in docs/performance.md.
 Writes benchmarks/results/scaling-N-threads.json.
 """
 

@@ -18,8 +18,7 @@ def test_collectives_are_what_the_formula_says_and_products_nearly(experiment: s
     found = measure(experiment, SMALL[experiment], dp=2, steps=2, n_threads=1)
     assert found["bytes"] == found["bytes_by_formula"]
     assert len(found["bytes"]) == {"resid_mlp2": 4, "ss_llama_simple": 3}[experiment]
-    # The counter does not see attention on a CPU: a twentieth of the small Llama's.
-    assert found["flops"] == pytest.approx(found["flops_by_formula"], rel=0.06)
+    assert found["flops"] == pytest.approx(found["flops_by_formula"], rel=0.05)
 
 
 def test_the_gradients_of_a_residual_mlp_by_hand() -> None:

@@ -230,6 +230,7 @@ def test_a_run_goes_on_without_a_node_that_breaks_it(
     wait_until(folder, task, "failed")
     wait_for(lambda: slurm.state(job) == "FAILED", 60, "the job to fail")
     command("spd_launch.resume", "latest", "--exclude=node1")
+    slurm.run("scontrol", "release", *ledger.latest_jobs(folder).values())  # held as before
     wait_until(folder, task, "finished")
     assert status(folder, task).host in slurm.nodes[1:]
     [job] = ledger.latest_jobs(folder).values()
