@@ -163,8 +163,18 @@ def cut_network(scene: Scene) -> None:
     node = scene.shown("BatchHost")
     link = ["ip", "-n", slurm_cluster.namespace("ctl"), "link", "set", node]
     subprocess.run([*link, "down"], check=True)
-    scene.undo.append(lambda: subprocess.run([*link, "up"], check=True))
+    scene.undo.append(lambda: _reconnect(node))
     _wait_until_lost(scene, node)
+
+
+def _reconnect(node: str) -> None:
+    """Without its srun: that would end the step of the same number, which is the new attempt's."""
+    for pid, name in slurm_cluster.running(node).items():
+        if name == "srun":
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    link = ["ip", "-n", slurm_cluster.namespace("ctl"), "link", "set", node]
+    subprocess.run([*link, "up"], check=True)
 
 
 def _wait_until_lost(scene: Scene, node: str) -> None:
@@ -179,9 +189,7 @@ def _wait_until_lost(scene: Scene, node: str) -> None:
     except TimeoutError as error:
         log = (slurm_cluster.STATE / "slurmctld.log").read_text().splitlines()[-5:]
         raise UnnoticedError(f"{error}: it is {slurm(*shown).split()}; {log}") from None
-    # What still works there ends in these seconds. Were its network back before, its srun would end
-    # the step of the same number elsewhere, which is the new attempt's: that takes a `resume`.
-    time.sleep(15)
+    time.sleep(15)  # what still works there ends in these seconds
 
 
 def controller_down(scene: Scene) -> None:
@@ -237,7 +245,8 @@ def strike(fault: Fault, scene: Scene) -> tuple[str, float, float]:
         forget_orders(run)
         (run.orders / "pace").write_text(USUAL_PACE_S)
         started = time.mktime(time.strptime(scene.shown("StartTime"), "%Y-%m-%dT%H:%M:%S"))
-        wait_for(lambda: scene.last_line_s() > started or run.state == "finished", 400, "a step")
+        line_s = max(started, scene.last_line_s())  # a lost node still wrote after that start
+        wait_for(lambda: scene.last_line_s() > line_s or run.state == "finished", 400, "a step")
         return how, max(0.0, started - began), scene.last_line_s() - started
     finally:
         for undo in scene.undo:
