@@ -27,12 +27,12 @@ from spd_launch.local import term_is_interrupt
 from spd_launch.plan import Array, Task, group, step_arrays
 from spd_launch.steps import STEPS, Row
 
-# A rank that dies ends its peers, which would wait for it in a collective for ever.
-# Also where a line of the setup file fails that is not its last one, such as a `module load`.
+# Of any line of the setup file, also of one that is not its last, such as a `module load`.
 FAILED_SETUP = (
     'echo "cluster.setup: line $LINENO ended with code $?: '
     '$(sed -n "${LINENO}p" "$BASH_SOURCE")" >&2; exit 1'
 )
+# A rank that dies ends its peers, which would wait for it in a collective for ever.
 SRUN = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append", "--export=ALL"]
 
 
