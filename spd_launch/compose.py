@@ -207,7 +207,7 @@ def _compose_one(asked: dict[str, Setting]) -> Composed:
     if "cluster" not in asked:
         choices.append(f"cluster={default_cluster()}")
     try:
-        values = _base(tuple(choices))
+        values = _base((_search_path(), *choices))
         for key, setting in asked.items():
             if setting.choice is None and key != "sweep":
                 values = with_value(values, split_key(key), setting.value)
@@ -250,11 +250,14 @@ def _check_names(runs: list[dict[str, Setting]]) -> None:
 
 @cache
 def _base(choices: tuple[str, ...]) -> Tree:
-    """What the config files say; Hydra needs a tenth of a second for it, so once per choice."""
+    """What the config files say; Hydra needs a tenth of a second for it, so once per choice.
+
+    The folders of the files are among the choices: the same word means another file elsewhere.
+    """
     import hydra
     from omegaconf import OmegaConf
 
-    config = hydra.compose("config", [_search_path(), *choices])
+    config = hydra.compose("config", list(choices))
     values = OmegaConf.to_container(config)
     assert isinstance(values, dict)
     values = {str(key): value for key, value in values.items()}

@@ -61,12 +61,7 @@ def judge(
     """
     info, given = ledger.read_info(launch), ledger.jobs_of_runs(launch)
     if live is None:
-        found = []
-        for row in rows:
-            status, job_id = row_status(launch, row), given.get(row.name, [""])[0]
-            alive = bool(job_id) and status.state not in DONE
-            found.append(Observed(row, status.state, alive, job_id, status.host, status))
-        return found
+        return _from_files(launch, rows)
     on_slurm = info["kind"] == "slurm"
     statuses = {row.name: row_status(launch, row) for row in rows}
 
@@ -119,6 +114,15 @@ def judge(
         else:
             state = f"{ended.get(job_id, '').lower() or 'ended'}, not finished"
         found.append(Observed(row, state, alive, job_id, where, status))
+    return found
+
+
+def _from_files(launch: LaunchDir, rows: Sequence[Row]) -> list[Observed]:
+    jobs, found = ledger.latest_jobs(launch), []
+    for row in rows:
+        status, job_id = row_status(launch, row), jobs.get(row.name, "")
+        alive = bool(job_id) and status.state not in DONE
+        found.append(Observed(row, status.state, alive, job_id, status.host, status))
     return found
 
 

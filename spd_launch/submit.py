@@ -31,7 +31,7 @@ SRUN = ["--open-mode=append", "--export=ALL"]
 # A rank that dies ends its peers, which would wait for it in a collective for ever.
 RANKS_OF_ONE = ["--kill-on-bad-exit=1", "--wait=60"]
 RUNS_APART = ["--kill-on-bad-exit=0", "--wait=0"]
-# Also where a line of the setup file fails that is not its last one, such as a `module load`.
+# Of any line of the setup file, also of one that is not its last, such as a `module load`.
 FAILED_SETUP = (
     'echo "cluster.setup: line $LINENO ended with code $?: '
     '$(sed -n "${LINENO}p" "$BASH_SOURCE")" >&2; exit 1'

@@ -120,9 +120,8 @@ def on_cluster(options: argparse.Namespace, place: Path, record: Record) -> None
             record.seconds[f"{way}, Slurm's part: to the start of the job"].append(slurms)
             record.seconds[f"{way}, ours: from there to the first new step"].append(ours)
         (run.orders / "pace").unlink()  # no more waiting
-        on_slurm.wait_for(
-            lambda: run.state == "finished" and run.run_dir.report_file.exists(), 600, "its end"
-        )
+        on_slurm.resume_until(run, lambda: False, "its end")
+        on_slurm.wait_for(run.run_dir.report_file.exists, 300, "its report")
 
     with on_slurm.cluster():
         for case in until_enough(options, record, cases):

@@ -163,8 +163,18 @@ def cut_network(scene: Scene) -> None:
     node = scene.shown("BatchHost")
     link = ["ip", "-n", slurm_cluster.namespace("ctl"), "link", "set", node]
     subprocess.run([*link, "down"], check=True)
-    scene.undo.append(lambda: subprocess.run([*link, "up"], check=True))
+    scene.undo.append(lambda: _reconnect(node))
     _wait_until_lost(scene, node)
+
+
+def _reconnect(node: str) -> None:
+    """Without its srun: that would end the step of the same number, which is the new attempt's."""
+    for pid, name in slurm_cluster.running(node).items():
+        if name == "srun":
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    link = ["ip", "-n", slurm_cluster.namespace("ctl"), "link", "set", node]
+    subprocess.run([*link, "up"], check=True)
 
 
 def _wait_until_lost(scene: Scene, node: str) -> None:
@@ -179,9 +189,7 @@ def _wait_until_lost(scene: Scene, node: str) -> None:
     except TimeoutError as error:
         log = (slurm_cluster.STATE / "slurmctld.log").read_text().splitlines()[-5:]
         raise UnnoticedError(f"{error}: it is {slurm(*shown).split()}; {log}") from None
-    # What still works there ends in these seconds. Were its network back before, its srun would end
-    # the step of the same number elsewhere, which is the new attempt's: that takes a `resume`.
-    time.sleep(15)
+    time.sleep(15)  # what still works there ends in these seconds
 
 
 def controller_down(scene: Scene) -> None:
@@ -222,7 +230,7 @@ def strike(fault: Fault, scene: Scene) -> tuple[str, float, float]:
     first new step.
     """
     run, line_s = scene.run, scene.last_line_s()
-    wait_for(lambda: scene.last_line_s() > line_s or run.state == "finished", 400, "a step")
+    resume_until(run, lambda: scene.last_line_s() > line_s, "a step")
     time.sleep(scene.random.random())
     attempt, began = run.attempts, time.time()
     if run.state == "finished":
@@ -234,10 +242,7 @@ def strike(fault: Fault, scene: Scene) -> tuple[str, float, float]:
             (run.orders / "pace").write_text(USUAL_PACE_S)
             return f"too late, {error}", 0, 0
         how, began = _see_it_back(scene, attempt, began)
-        forget_orders(run)
-        (run.orders / "pace").write_text(USUAL_PACE_S)
         started = time.mktime(time.strptime(scene.shown("StartTime"), "%Y-%m-%dT%H:%M:%S"))
-        wait_for(lambda: scene.last_line_s() > started or run.state == "finished", 400, "a step")
         return how, max(0.0, started - began), scene.last_line_s() - started
     finally:
         for undo in scene.undo:
@@ -245,17 +250,36 @@ def strike(fault: Fault, scene: Scene) -> tuple[str, float, float]:
 
 
 def _see_it_back(scene: Scene, attempt: int, began: float) -> tuple[str, float]:
-    """Wait for the next attempt, by `resume` where the job is over; how it came, and since when."""
-    run, deadline, how = scene.run, time.monotonic() + 600, "requeued"
-    while run.attempts == attempt and run.state != "finished":
+    """Wait for a step of a next attempt; how it came back, and since when."""
+    run, line_s = scene.run, float("inf")
+
+    def back() -> bool:
+        nonlocal attempt, line_s
+        if run.attempts > attempt:  # what was written before is of earlier attempts
+            attempt, line_s = run.attempts, scene.last_line_s()
+            forget_orders(run)
+            (run.orders / "pace").write_text(USUAL_PACE_S)
+        return scene.last_line_s() > line_s
+
+    how, began = resume_until(run, back, "a step of the next attempt") or ("requeued", began)
+    return ("finished" if run.state == "finished" else how), began
+
+
+def resume_until(run: Run, reached: Callable[[], bool], what: str) -> tuple[str, float] | None:
+    """Wait, or until it is finished, and `resume` where the job is over; what was, and when.
+
+    Any time after a node was lost an srun that still works there may end the step of the same
+    number elsewhere, which is the new attempt's.
+    """
+    deadline, resumed = time.monotonic() + 600, None
+    while not reached() and run.state != "finished":
         [row] = observe(run.launch, ledger.read_rows(run.launch)[:1])
-        if not row.live:
-            how, began = f"{row.state}, resumed", time.time()
+        if not row.live and row.state != "finished":
+            resumed = f"{row.state}, resumed", time.time()
             forget_orders(run)
             out_dir = f"--out-dir={run.launch.path.parent.parent}"
             command("spd_launch.resume", run.launch.launch_id, out_dir)
-            wait_for(lambda: run.attempts > attempt, 400, "the job to start")
         if time.monotonic() > deadline:
-            raise TimeoutError(f"it did not start again: {slurm('squeue')}{slurm('sinfo')}")
+            raise TimeoutError(f"waited for {what}: {slurm('squeue')}{slurm('sinfo')}")
         time.sleep(0.3)
-    return ("finished" if run.state == "finished" else how), began
+    return resumed

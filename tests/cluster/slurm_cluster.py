@@ -47,7 +47,7 @@ PACKAGES |= {"slurmctld": "slurmctld", "slurmd": "slurmd"}
 ACCOUNTING_PACKAGES = {"mariadbd": "mariadb-server", "slurmdbd": "slurmdbd"}
 
 # A requeued job may not start before its old credential expires: after two minutes unless set.
-MUNGE = f"AuthType=auth/munge AuthInfo=socket={START_SOCKET},cred_expire=6"
+MUNGE = f"AuthType=auth/munge AuthInfo=socket={START_SOCKET},cred_expire=10"
 # No cgroup plugin: those need more of the machine than a container gives.
 SETTINGS = f"""{MUNGE}
     ClusterName=spd SlurmctldHost=ctl({CTL}) SlurmUser=root SlurmdUser=root

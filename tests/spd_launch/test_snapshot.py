@@ -80,7 +80,7 @@ def test_a_snapshot_of_this_repository_takes_a_moment(tmp_path: Path) -> None:
     after = os.times()
     drop_snapshot(REPO, "of-a-test")
     assert (tmp_path / "code/spd_core/train.py").exists()
-    assert sum(after[:4]) - sum(before[:4]) < 0.7  # of the processor: others may use it, too
+    assert sum(after[:4]) - sum(before[:4]) < 5  # of the processor: others may use it, too
 
 
 @pytest.mark.parametrize("out", ["results", "outputs"])  # in the repository; one of them ignored
