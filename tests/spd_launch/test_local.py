@@ -209,7 +209,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_one_worker_holds_a_run(
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_another_number_of_processes(start: Start, out: Path) -> None:
-    steps = ["train.steps=60", "eval.every=60", "eval.slow_every=60", "track.log_every=1",
+    steps = ["train.steps=250", "eval.every=250", "eval.slow_every=250", "track.log_every=1",
              "checkpoint.every_steps=20", "dp=2"]  # fmt: skip
     steps += NO_FIGURES
     ended(start("spd_launch", *RUN, *steps), 0)
