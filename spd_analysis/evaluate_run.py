@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -228,7 +227,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=_count, metavar="N", help="batches of data; default: the config's"
     )
-    parser.add_argument("--name", type=_name, default="full", help="of the results; default: full")
+    parser.add_argument(
+        "--name", type=command.name, default="full", help="of the results; default: full"
+    )
     parser.add_argument(
         "--processes", type=_count, default=1, metavar="N", help="on this machine; default: 1"
     )
@@ -243,12 +244,6 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no number from 1")
     return int(text)
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"\w[\w.-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: letters, digits, . _ and - make a name")
-    return text
 
 
 def main() -> int:

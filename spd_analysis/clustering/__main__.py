@@ -7,7 +7,6 @@ says how to read them) and clustering.png. Fields are those of spd_analysis/clus
 for example seed=1 alpha=0.5 'modules=["*mlp*"]' 'draw={kind: mcmc, temperature: 0.01}'.
 """
 
-import re
 import sys
 from pathlib import Path
 from typing import Literal
@@ -118,18 +117,23 @@ def print_groups(
     console.print(curve)
 
 
+def _name(text: str) -> str:
+    """NAME, or ENSEMBLE/NAME."""
+    return "/".join(map(command.name, text.split("/", maxsplit=1)))
+
+
 @command.errors_are_told
 def main() -> int:
     parser = command.parser("spd_analysis.clustering", __doc__)
     parser.add_argument("run", metavar="RUN", help="folder or id of a run; or a W&B run")
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE")
-    parser.add_argument("--name", default="default", help="of the results; default: default")
+    parser.add_argument(
+        "--name", type=_name, default="default", help="of the results; default: default"
+    )
     parser.add_argument("--config", type=Path, default=DEFAULT, metavar="FILE", help="a YAML file")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_intermixed_args()
     console = Console()
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", given.name):
-        raise ValueError(f"--name {given.name!r}: letters, digits, . _ and - make a name")
     config, run_dir = load_config(given.config, given.overrides), find_run(given.run)
     folder = cluster_run(run_dir, given.name, config, given.device, console)
     console.print(

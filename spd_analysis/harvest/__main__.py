@@ -76,14 +76,14 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE")
     parser.add_argument("--batches", metavar="N", help="short for batches=N")
     parser.add_argument("--shard", type=_part, metavar="I/N", help="only this part; then merge")
-    parser.add_argument("--name", default="default", help="of the results; default: default")
+    parser.add_argument(
+        "--name", type=command.name, default="default", help="of the results; default: default"
+    )
     parser.add_argument("--config", type=Path, default=DEFAULT, metavar="FILE", help="a YAML file")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_intermixed_args()
     overrides = [*given.overrides, *([f"batches={given.batches}"] if given.batches else [])]
     console = Console()
-    if not re.fullmatch(r"\w[\w.-]*", given.name):
-        raise ValueError(f"--name {given.name!r}: letters, digits, . _ and - make a name")
     config, run_dir = load_config(given.config, overrides), find_run(given.run)
     harvest_shard(run_dir, given.name, config, given.shard or (0, 1), given.device, console)
     if given.shard is None:

@@ -51,7 +51,6 @@ def test_the_same_again_is_left_alone_and_another_is_refused(trained):
 @pytest.mark.parametrize("arguments, message", [
     (("nowhere",), "no run 'nowhere'"),
     (("{run}", "alhpa=1"), "alhpa"),
-    (("{run}", "--name", "../x"), "--name '../x'"),
     (("{run}", *SMALL, "filter_dead_threshold=1.0"), "nothing to cluster"),
     (("{run}", 'modules=["x"]'), "matches none of the decomposed"),
     (("{unfinished}",), "no valid checkpoint"),
@@ -65,3 +64,10 @@ def test_bad_input_is_one_message_and_leaves_nothing(arguments, message, command
     code, _, error = command(*(places.get(a, a) for a in arguments))
     assert code == 2 and error.startswith("error: ") and message in error
     assert not (run_dir.path / "clusterings").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b/c", "a/", "/a"])
+def test_a_name_is_that_of_a_clustering_or_one_of_an_ensemble(name, command, capsys):
+    with pytest.raises(SystemExit):
+        command("a_run", f"--name={name}")
+    assert "make a name" in capsys.readouterr().err

@@ -70,7 +70,6 @@ def test_a_shard_that_is_there_is_left_alone(command, trained):
     (("nowhere",), "no run 'nowhere'"),
     (("{run}", "--batches", "0"), "batches: Input should be"),
     (("{run}", "tpo_k=3"), "tpo_k"),
-    (("{run}", "--name", "../x"), "--name '../x'"),
     (("{run}", "--batches", "2", "--shard", "0/3"), "3 shards of 2 batches"),
 ])  # fmt: skip
 def test_bad_input_is_one_message_and_leaves_nothing(arguments, message, command, trained):
@@ -86,3 +85,10 @@ def test_shards_are_named_from_zero(shard, command, capsys):
     with pytest.raises(SystemExit):
         command(harvest, "a_run", f"--shard={shard}")
     assert "I from 0 to N - 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "-x"])
+def test_a_name_is_that_of_one_folder(name, command, capsys):
+    with pytest.raises(SystemExit):
+        command(harvest, "a_run", f"--name={name}")
+    assert "make a name" in capsys.readouterr().err
