@@ -38,7 +38,7 @@ def training_state(
 def save_checkpoint(
     run_dir: RunDir, step: int, state: dict[str, Tensor], options: CheckpointConfig
 ) -> None:
-    """Write the `training_state` after `step` steps, then drop what is not to be kept."""
+    """Write the `training_state` after `step` steps, then drop old ones."""
     sync(run_dir.metrics_file)  # no later attempt writes its lines again
     folder = run_dir.checkpoints / f"step_{step}"
     if folder.exists():
@@ -48,6 +48,11 @@ def save_checkpoint(
         save_file(state, new / "state.safetensors", {"format": FORMAT})
         meta = {"step": step, "sha256": _sha256(new / "state.safetensors")}
         (new / "meta.json").write_text(json.dumps(meta))
+    drop_old(run_dir, step, options)
+
+
+def drop_old(run_dir: RunDir, step: int, options: CheckpointConfig) -> None:
+    """Remove what is not to be kept once `step` is the newest, and what kills left of others."""
     # Where a run was stopped is no reason to drop a planned one: rewinds go there.
     due = [s for s in checkpoint_steps(run_dir) if s % options.every_steps == 0 or s == step]
     for old in {*checkpoint_steps(run_dir)} - {*due[-options.keep :]}:

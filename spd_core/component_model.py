@@ -154,8 +154,7 @@ class ComponentModel(nn.Module):
         Raises:
             ValueError: a decomposed module runs not once, or something that masks cannot follow.
         """
-        inputs: dict[str, Tensor] = {}
-        versions: dict[str, int] = {}
+        inputs, versions = dict[str, Tensor](), dict[str, int]()
 
         def keep(name: str, x: Tensor, out: Any) -> None:
             if not isinstance(out, Tensor):
@@ -218,8 +217,7 @@ class ComponentModel(nn.Module):
 
         `inputs` are the target's own; `noise` jitters under binomial sampling.
         """
-        result, own_acts = {}, {}
-        first = next(iter(inputs.values()))
+        result, own_acts, first = {}, {}, next(iter(inputs.values()))
         for name, x in inputs.items():
             if self.config.ci_fn.kind in ("mlp", "custom") or x is first:
                 own_acts[name] = self.components[name].inner_acts(x)

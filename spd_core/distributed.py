@@ -38,9 +38,7 @@ def init(
         ValueError: device is "cuda" and torch sees no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "train.device=cuda, but torch sees no GPU; use train.device=cpu, or cluster=cpu"
-        )
+        raise ValueError("train.device=cuda, but torch sees no GPU; train.device=cpu needs none")
     place, use_cuda = torch.device("cpu"), device != "cpu" and torch.cuda.is_available()
     if use_cuda:
         # With one visible GPU per task the local rank does not index the visible list.

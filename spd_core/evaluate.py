@@ -51,8 +51,7 @@ def evaluate(
     dist, position = d.dist, step / d.config.train.steps
     at = Evaluation(d.config, d.model, dist, d.data, position, positions_ago)
     sums: dict[str, Sums] = {name: {} for name in metrics}
-    result: dict[str, float] = {}
-    cost: dict[str, float] = defaultdict(float)
+    result, cost = dict[str, float](), defaultdict[str, float](float)
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:

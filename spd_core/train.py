@@ -99,6 +99,7 @@ def _start(config: RunConfig, run_dir: RunDir, dist: Dist) -> tuple[Training, in
         for folder, problem in damaged.items():
             console.print(f"[yellow]{problem}: set aside", soft_wrap=True)
             checkpoint.set_aside(folder)
+        checkpoint.drop_old(run_dir, int(found[0]), config.checkpoint)
         if run_dir.rewinds_file.exists():
             found[1:] = torch.tensor(json.loads(run_dir.rewinds_file.read_text()))
         truncate_metrics(run_dir, int(found[0]))

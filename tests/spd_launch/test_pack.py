@@ -1,4 +1,4 @@
-"""Who of the runs that share a job does what; with real jobs in tests/cluster/test_pack_on_slurm.py."""
+"""Who of the runs that share a job does what; cluster/test_pack_on_slurm.py has real jobs."""
 
 from pathlib import Path
 
