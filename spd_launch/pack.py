@@ -34,7 +34,12 @@ def speaks_for_all(run_dir: RunDir, place: "Place", limit_s: float) -> bool:
     deadline, siblings = time.monotonic() + limit_s, run_dir.path.parent
     while time.monotonic() < deadline:
         statuses = {name: read_status(RunDir(siblings / name)) for name in place.beside}
-        states = {name: status.state for name, status in statuses.items() if status is not None}
+        states = {
+            name: status.state
+            for name, status in statuses.items()
+            # What was resumed in another job may be stopped there, and speaks for that one.
+            if status is not None and status.job_id in (None, place.job_id)
+        }
         if not {"running", "pending"} & set(states.values()):
             stopped = [name for name, state in states.items() if state == "stopped"]
             return min([run_dir.path.name, *stopped]) == run_dir.path.name

@@ -29,10 +29,12 @@ def launched(
     return launch
 
 
-def set_state(launch: LaunchDir, name: str, state: State, step: int = 2) -> None:
+def set_state(
+    launch: LaunchDir, name: str, state: State, step: int = 2, job_id: str | None = None
+) -> None:
     write_status(launch.run_dir(name), Status(
         state=state, step=step, steps=4, heartbeat=time.time(), attempt=0 if state == "pending"
-        else 1, job_id=None, host="",
+        else 1, job_id=job_id, host="",
     ))  # fmt: skip
 
 

@@ -22,6 +22,15 @@ def test_the_first_that_saved_requeues_once_none_is_at_work(tmp_path: Path) -> N
     assert speaks_for_all(launch.run_dir(c), place(a, b), 1)
 
 
+def test_who_stopped_in_another_job_does_not_requeue_this_one(tmp_path: Path) -> None:
+    launch = launched(tmp_path, "stopped", "stopped", cluster="cpu")
+    a, b = (row.name for row in ledger.read_rows(launch)[:2])
+    set_state(launch, a, "stopped", job_id="7_0")
+    assert not speaks_for_all(launch.run_dir(b), place(a), 5)
+    set_state(launch, a, "stopped", job_id="8")  # it had failed, and was resumed alone
+    assert speaks_for_all(launch.run_dir(b), place(a), 5)
+
+
 def test_what_failed_or_was_resumed_elsewhere_takes_no_part(tmp_path: Path) -> None:
     launch = launched(tmp_path, "failed", "cancelled", "stopped", cluster="cpu")
     a, b, c = (row.name for row in ledger.read_rows(launch)[:3])
