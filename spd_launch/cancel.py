@@ -88,12 +88,15 @@ def _end(
 
 
 def _end_beside_others(launch: LaunchDir, row: Observed) -> None:
-    """Its own process reads in the run's folder that it is to save and end."""
+    """Its own process reads in the run's folder that it is to save and end.
+
+    The state comes first, then the owner: a process looks at the one as it starts, which writes the
+    other, so that it cannot miss both.
+    """
     folder = launch.folder(row.row)
-    if row.state == "running" and row.status.state == "running":
-        write_atomic(owner_file(folder), CANCELLED)
-    else:
+    if row.state != "running" or row.status.state != "running":
         ledger.mark(folder, "cancelled")  # so it will not start
+    write_atomic(owner_file(folder), CANCELLED)
 
 
 def _wait_while(alive: Callable[[], bool], timeout_s: float = 120) -> None:

@@ -153,6 +153,9 @@ def _run(launch: LaunchDir, run_id: str, place: Place, stop: Stop) -> None:
         print(problem, flush=True)
         sys.exit(1)
     lock = _lock(run_dir, place) if place.rank == 0 else None
+    if place.beside and (problem := not_for_this_job(launch, run_id, place)):
+        print(problem, flush=True)  # cancelled since, before there was an owner to tell
+        sys.exit(1)
     status = read_status(run_dir)
     if status is not None and status.state == "finished":
         print(f"{run_dir.path.name} is finished already")

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,16 +45,10 @@ def test_a_full_disk_does_not_keep_jobs_alive(tmp_path: Path) -> None:
     assert done.returncode == 2 and "File too large" in done.stderr, done.stderr
 
 
-def test_of_a_run_that_was_resumed_twice_at_once_both_jobs_are_cancelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launch = launched(tmp_path, "running", "running", cluster="cpu")
-    one, two = (row.name for row in ledger.read_task_rows(launch) if row.goal == "decomposition")
-    for job in ("7", "8"):
-        ledger.note_jobs(launch, "submit", {one: job})
-    ledger.note_jobs(launch, "submit", {two: "9"})
+@pytest.fixture
+def queue_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Programs in Slurm's place: the queue is a file of these lines."""
     queue, programs = tmp_path / "queue", tmp_path / "bin"
-    queue.write_text("7|PENDING|(Priority)\n8|PENDING|(Priority)\n9|RUNNING|node1\n")
     programs.mkdir()
     for name, script in {
         "squeue": f"cat {queue}",
@@ -63,8 +58,41 @@ def test_of_a_run_that_was_resumed_twice_at_once_both_jobs_are_cancelled(
         (programs / name).write_text(f"#!/bin/sh\n{script}\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+    def written(lines: str) -> Path:
+        queue.write_text(lines)
+        return queue
+
+    return written
+
+
+def test_of_a_run_that_was_resumed_twice_at_once_both_jobs_are_cancelled(
+    tmp_path: Path, queue_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = launched(tmp_path, "running", "running", cluster="cpu")
+    one, two = (row.name for row in ledger.read_task_rows(launch) if row.goal == "decomposition")
+    for job in ("7", "8"):
+        ledger.note_jobs(launch, "submit", {one: job})
+    ledger.note_jobs(launch, "submit", {two: "9"})
+    queue = queue_of("7|PENDING|(Priority)\n8|PENDING|(Priority)\n9|RUNNING|node1\n")
     monkeypatch.setattr("sys.argv", ["cancel", "latest", one, f"--out-dir={tmp_path}"])
     assert main() == 0
+    assert queue.read_text() == "9|RUNNING|node1\n"
+
+
+def test_a_packed_run_whose_process_is_starting_is_told_in_both_places(
+    tmp_path: Path, queue_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = launched(tmp_path, "pending", "running", cluster="cpu")
+    one, two = (row.name for row in ledger.read_task_rows(launch) if row.goal == "decomposition")
+    ledger.note_jobs(launch, "submit", {one: "9", two: "9"})
+    queue = queue_of("9|RUNNING|node1\n")
+    monkeypatch.setattr("sys.argv", ["cancel", "latest", one, f"--out-dir={tmp_path}"])
+    assert main() == 0
+    status = read_status(launch.run_dir(one))
+    assert status is not None and status.state == "cancelled"
+    assert (launch.run_dir(one).path / ".owner").read_text() == "cancelled"
+    assert not (launch.run_dir(two).path / ".owner").exists()
     assert queue.read_text() == "9|RUNNING|node1\n"
 
 

@@ -1,5 +1,6 @@
 """What one rank does, as Slurm starts it: real processes in the environment of a job."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -76,3 +77,25 @@ def test_an_attempt_that_slurm_started_elsewhere_ends_in_favour_of_the_next(star
     wait_for(lambda: "continuing from step" in second_log.read_text())
     wait_for(lambda: read_status(run_dir).attempt == 2)
     assert second.poll() is None
+
+
+@pytest.mark.slow
+def test_a_packed_run_that_is_cancelled_as_it_starts_does_not_train(tmp_path):
+    runs = [({"seed": str(s)}, config("cpu", seed=s, launch__out_dir=tmp_path)) for s in (0, 1)]
+    plan, launch = ledger.new_launch(runs)
+    record(launch, plan, Snapshot(ROOT, None, "none"), [])
+    names = [task.run_id for task in plan.tasks if task.goal == "decomposition"]
+    ledger.note_jobs(launch, "submit", dict.fromkeys(names, "7"))
+    run_dir = launch.run_dir(names[0])
+    (run_dir.path / ".owner").write_text("7 0")
+    code = f"from spd_launch.task import run_one_of; run_one_of({str(launch.path)!r}, {names})"
+    job = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
+           "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}  # fmt: skip
+    with open(run_dir.path / ".lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # as its attempt before would: it has looked, and waits
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | job)
+        wait_for(lambda: (run_dir.path / ".owner").read_text() == "7 1")
+        ledger.mark(run_dir, "cancelled")
+    assert process.wait(60) == 1
+    status = read_status(run_dir)
+    assert (status.state, status.attempt) == ("cancelled", 0)
