@@ -176,6 +176,8 @@ def start(folder, tasks, kind: str, python_path: Path) -> int:
             print_launch(folder, look(folder))
         elif code:
             print(f"not finished; continue with: python -m spd_launch.resume {folder.launch_id}")
+        elif tasks[0].config.launch.pack > 1:  # else each run has printed its own
+            print(f"results: python -m spd_launch.results {folder.launch_id}")
         return code
     from spd_launch.submit import submit
 

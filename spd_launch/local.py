@@ -14,7 +14,7 @@ from threading import Event, Lock
 from spd_core.run_dir import RunDir
 from spd_launch.ledger import LaunchDir, find_row, mark_failed, note_jobs, read_rows
 from spd_launch.plan import Task, share
-from spd_launch.run_record import read_status
+from spd_launch.run_record import read_error, read_status
 from spd_launch.steps import STEPS
 from spd_launch.task import STOPPED, rank_environment
 from spd_launch.then import unmet
@@ -23,25 +23,27 @@ from spd_launch.then import unmet
 def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int:
     """Run the tasks; returns 0 if all finished, else the exit code of the first that did not.
 
-    `launch.pack` runs are at work at one time, each with a log of its own. Ctrl-C saves, ends what
-    runs and leaves the others for `resume`. A step whose runs have not finished is left too.
+    `launch.pack` runs are at work at one time; with more than one each has a log of its own, also
+    where one is resumed alone. Ctrl-C saves, ends what runs and leaves the others for `resume`. A
+    step whose runs have not finished is left too.
     """
     job_id = f"local-{os.getpid()}"
     note_jobs(launch, "local", {task.run_id: job_id for task in tasks})
     runs = [task for task in tasks if task.goal not in STEPS]
-    pack = max(1, min(tasks[0].config.launch.pack, len(runs)))
+    asked = tasks[0].config.launch.pack
+    pack = max(1, min(asked, len(runs)))
     started, starting, stopping = list[subprocess.Popen[bytes]](), Lock(), Event()
     rows = read_rows(launch)
 
     def run(task: Task) -> int:
         number = tasks.index(task)
-        log = launch.logs / f"{job_id}_{number}_log.out" if pack > 1 else None
+        log = launch.logs / f"{job_id}_{number}_log.out" if asked > 1 else None
+        name = f"[{number + 1}/{len(tasks)}] {task.run_id}"
         with starting:
             if stopping.is_set():
                 return STOPPED
-            if len(tasks) > 1:
-                its_log = "" if log is None else f"   {log}"
-                print(f"[{number + 1}/{len(tasks)}] {task.run_id}{its_log}", flush=True)
+            if log is not None or len(tasks) > 1:
+                print(name if log is None else f"{name}   {log}", flush=True)
             if task.goal in STEPS and (problem := unmet(launch, find_row(rows, task.run_id))):
                 print(f"not started: {problem}", flush=True)
                 return 1
@@ -53,6 +55,10 @@ def run_here(launch: LaunchDir, tasks: Sequence[Task], python_path: Path) -> int
             stopping.set()
         elif code == 128 + signal.SIGKILL and task.goal not in STEPS and not stopping.is_set():
             _say_that_it_was_killed(launch.run_dir(task.run_id))
+        if log is not None and code != STOPPED:  # what it printed itself is in there
+            print(
+                f"{name} {_outcome(launch.folder(find_row(rows, task.run_id)), code)}", flush=True
+            )
         return code
 
     with term_is_interrupt(), ThreadPoolExecutor(pack) as pool:
@@ -95,6 +101,13 @@ def _start(
             )
             for rank in range(dp)
         ]
+
+
+def _outcome(folder: RunDir, code: int) -> str:
+    status = read_status(folder)
+    if status is not None and status.state == "failed":
+        return f"failed: {read_error(folder)}"
+    return f"ended with code {code}" if code else "finished"
 
 
 def _say_that_it_was_killed(run_dir: RunDir) -> None:

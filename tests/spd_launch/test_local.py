@@ -141,10 +141,17 @@ def test_packed_runs_fail_apart_and_have_logs(
         "finished", "failed", "finished", "finished", None, "finished",
     ]  # fmt: skip
     assert "evaluate-" in text and "not started" in text
+    names = list(rows)
+    assert f"{names[1]} failed: ArithmeticError: not this one" in text
+    assert f"{names[0]} finished" in text and f"{names[2]} finished" in text
     shown = ended(start("spd_launch.logs", "latest", "1"), 0)
     assert "ArithmeticError: not this one" in shown
     other = ended(start("spd_launch.logs", "latest", "0"), 0)
     assert "ArithmeticError" not in other and "step 4/4" in other
+
+    ended(start("spd_launch.resume", "latest", "1"), 1)  # alone, it has a log all the same
+    newest = ended(start("spd_launch.logs", "latest", "1"), 0)
+    assert "ArithmeticError: not this one" in newest.partition("==>")[2]
 
 
 @pytest.mark.slow
