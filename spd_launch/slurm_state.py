@@ -58,10 +58,17 @@ def array_tasks(job_id: str) -> list[str]:
 
 
 def cancel_jobs(job_ids: list[str]) -> None:
-    """Pending ones first, so that none starts in the place of one that is being killed."""
+    """Pending ones first, so that none starts in the place of one that is being killed.
+
+    Not by `scancel --state=PENDING 7_1`, which cancels all of array 7 that is pending.
+    """
     if job_ids:
-        _slurm("scancel", "--state=PENDING", *job_ids)
-        _slurm("scancel", *job_ids)
+        mine = ("squeue", "-h", "-r", f"--user={os.getuid()}", "--states=PENDING", "-o", "%i")
+        waiting = set(_slurm(*mine).split())
+        if first := [job for job in job_ids if job in waiting]:
+            _slurm("scancel", *first)
+        if rest := [job for job in job_ids if job not in waiting]:
+            _slurm("scancel", *rest)
 
 
 def requeue(job_id: str, wait_s: float = 5) -> bool:

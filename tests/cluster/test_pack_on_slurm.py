@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, Command, Launch, status, until, wait_for, wait_until
 
-from spd_launch import ledger
+from spd_launch import ledger, slurm_state
 from spd_launch.ledger import LaunchDir
 from spd_launch.plan import Task
 from spd_launch.run_record import read_status
@@ -75,3 +75,16 @@ def test_all_are_requeued_together_and_one_is_cancelled_alone(
     assert "1 run(s)" in command("spd_launch.resume", "latest").stdout
     wait_until(folder, two, "finished")
     assert [status(folder, t).attempt for t in (one, two)] == [2, 3]
+
+
+def test_with_a_run_that_waits_go_no_others_of_its_array(launch: Launch, command: Command) -> None:
+    later = ("+cluster.sbatch.begin=now+1hour", "launch.then=[evaluate]")
+    for pack in (1, 2):
+        folder, tasks = launch("-m", "seed=0,1,2,3", f"launch.pack={pack}", *later)
+        jobs = ledger.latest_jobs(folder)
+        assert "cancelled 2 live run(s)" in command("spd_launch.cancel", "latest", "1").stdout
+        gone = (tasks[1].run_id, f"evaluate-{tasks[1].run_id}")
+        left = {job for name, job in jobs.items() if name not in gone}  # a shared one stays
+        assert slurm_state.live_jobs(folder.launch_id).keys() == left
+        command("spd_launch.cancel", "latest")
+        assert not slurm_state.live_jobs(folder.launch_id)
