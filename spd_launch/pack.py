@@ -4,7 +4,7 @@ import time
 from typing import TYPE_CHECKING
 
 from spd_core.run_dir import RunDir
-from spd_launch.ledger import LaunchDir, latest_jobs
+from spd_launch.ledger import LaunchDir, jobs_of_runs
 from spd_launch.run_record import read_status
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ def not_for_this_job(launch: LaunchDir, run_id: str, place: "Place") -> str | No
     status = read_status(launch.run_dir(run_id))
     if status is not None and status.state in ("failed", "cancelled"):
         return f"{run_id} is {status.state}: only `resume` continues it"
-    if place.restart and latest_jobs(launch)[run_id] != place.job_id:
+    given = jobs_of_runs(launch).get(run_id, [])  # this job may start before it is noted
+    if place.job_id in given[1:]:
         return f"{run_id} was resumed in another job"
     return None
 
