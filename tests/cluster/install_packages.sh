@@ -1,8 +1,8 @@
 #!/bin/sh
-# Install what slurm_cluster.py needs, and a C compiler, on Debian 12, without starting any of its services.
+# Install what slurm_cluster.py needs, a C compiler and zsh, on Debian 12, without starting any of its services.
 set -eu
 
-packages="slurmctld slurmd slurm-client munge slurmdbd mariadb-server iproute2 hostname util-linux gcc libc6-dev"
+packages="slurmctld slurmd slurm-client munge slurmdbd mariadb-server iproute2 hostname util-linux gcc libc6-dev zsh"
 
 installed() {
     for package in $packages; do

@@ -1,4 +1,4 @@
-"""What a word may go on with, and that bash asks for it and shows it."""
+"""What a word may go on with, and that bash and zsh ask for it and show it."""
 
 import os
 import pty
@@ -43,22 +43,33 @@ def test_candidates(word: str, expected: list[str]) -> None:
     assert candidates(word) == expected
 
 
-@pytest.fixture
-def interactive(tmp_path: Path):
-    """Types into an interactive bash of ours, and returns what it shows in the end."""
+BASHRC = "{script}\nPS1='$ '\nbind 'set bell-style none'\n"
+ZSHRC = "autoload -Uz compinit\ncompinit -u -D\n{script}\nPS1='$ '\n"
+START = {"bash": ("rc", BASHRC, "--noprofile --rcfile {rc} -i"), "zsh": (".zshrc", ZSHRC, "-d -i")}
+
+
+@pytest.fixture(params=START)
+def interactive(request: pytest.FixtureRequest, tmp_path: Path):
+    """Types into an interactive shell of ours, and returns what it shows in the end."""
+    shell: str = request.param
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
     (tmp_path / "launches" / "20261124-101530-tms_5-2-08b3").mkdir(parents=True)
-    (tmp_path / "rc").write_text(f"{SCRIPTS['bash']}\nPS1='$ '\nbind 'set bell-style none'\n")
+    file, start, options = START[shell]
+    (tmp_path / file).write_text(start.format(script=SCRIPTS[shell]))
     env = {**os.environ, "SPD_OUT_DIR": str(tmp_path), "TERM": "dumb", "PYTHONPATH": str(ROOT)}
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "ZDOTDIR": str(tmp_path)}
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
-        os.execvpe("bash", ["bash", "--noprofile", "--rcfile", str(tmp_path / "rc"), "-i"], env)
+        os.execvpe(shell, [shell, *options.format(rc=tmp_path / file).split()], env)
 
     def show(typed: str, wanted: str) -> str:
-        os.write(terminal, f"\x15{typed}\t".encode())
-        shown, deadline = "", time.monotonic() + 30
+        shown, deadline, again = "", time.monotonic() + 60, 0.0
         while wanted not in shown and time.monotonic() < deadline:
+            if time.monotonic() > again:  # what is typed before the first prompt may be lost
+                os.write(terminal, f"\x15{typed}\t".encode())
+                again = time.monotonic() + 10
             if select.select([terminal], [], [], 0.2)[0]:
                 shown += os.read(terminal, 65536).decode(errors="replace")
         return shown
@@ -69,7 +80,6 @@ def interactive(tmp_path: Path):
     os.waitpid(pid, 0)
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 @pytest.mark.parametrize(
     ("typed", "wanted"),
     [
@@ -80,7 +90,7 @@ def interactive(tmp_path: Path):
         ("python pyproj", "pyproject.toml"),
     ],
 )
-def test_bash_completes_the_word(interactive, typed: str, wanted: str) -> None:
+def test_the_shell_completes_the_word(interactive, typed: str, wanted: str) -> None:
     assert wanted in interactive(typed, wanted)
 
 
