@@ -70,7 +70,7 @@ def _show_array(launch: LaunchDir, array: Array, python_path: Path) -> None:
         f"{array.tasks_per_node} process(es), {cluster.time_min} min"
     )
     if array.pack > 1:
-        shared = "run at a time here" if cluster.kind == "local" else "share one array task"
+        shared = "at a time here" if cluster.kind == "local" else "share one array task"
         print(f"  launch.pack: {array.pack} runs {shared}, each on {cluster.cpus_per_task} core(s)")
     for task in array.tasks:
         after = "" if task.after is None else f"   after {task.after}"

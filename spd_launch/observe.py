@@ -71,10 +71,8 @@ def judge(
         return status.state not in DONE and _lives_here(job_id, status)
 
     jobs = {name: its_jobs[0] for name, its_jobs in given.items()}
-    for row in rows:
-        at_work = [job for job in given.get(row.name, []) if lives(job, statuses[row.name])]
-        if at_work:  # not the newest where two people resumed at once, and the run refused that
-            jobs[row.name] = at_work[0]
+    for name in statuses.keys() & jobs:  # not the newest where two people resumed at once
+        jobs[name] = next((j for j in given[name] if lives(j, statuses[name])), jobs[name])
     shared = {job for job, n_runs in Counter(jobs.values()).items() if n_runs > 1}
     lost = [
         jobs[row.name]
@@ -98,9 +96,8 @@ def judge(
     found = []
     for row in rows:
         status, job_id = statuses[row.name], jobs.get(row.name, "")
-        job = live.get(job_id)
-        if job_id in shared and status.state in DONE:  # the job goes on for others
-            job = None
+        goes_on_for_others = job_id in shared and status.state in DONE
+        job = None if goes_on_for_others else live.get(job_id)
         alive = job is not None if on_slurm else bool(job_id) and lives(job_id, status)
         where = status.host
         if job is not None:

@@ -52,7 +52,7 @@ def test_packed_runs_are_said_to_share_cores(tmp_path: Path, capsys) -> None:
     _, runs = scripts(text)
     assert "#SBATCH --array=0-1%2" in runs and "export OMP_NUM_THREADS=3" in runs
     text = shown(tmp_path / "out", capsys, *LOCAL, *packed, "launch.snapshot=off")
-    assert "launch.pack: 2 runs run at a time here, each on 1 core(s)" in text
+    assert "launch.pack: 2 runs at a time here, each on 1 core(s)" in text
 
 
 def test_steps_are_shown_with_what_they_wait_for(tmp_path: Path, capsys) -> None:
