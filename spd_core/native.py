@@ -24,9 +24,9 @@ FLAGS = f"-shared -fPIC -fopenmp -O3 -march=native {MATH}"
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loops, compiled once per process in a quarter of a second; None where that fails."""
+    """The loops, compiled once per process in a quarter of a second; None without a compiler."""
     with tempfile.TemporaryDirectory() as folder:
-        built = f"{folder}/native.so"
+        Path(built := f"{folder}/native.so").write_bytes(bytes(2**20))  # else the disk is full
         try:
             command = [os.environ.get("CC", "cc"), *FLAGS.split(), SOURCE, "-o", built]
             subprocess.run(command, check=True)

@@ -216,8 +216,9 @@ def kill_rank_of_launcher(scene: Scene) -> None:
 
 
 def _children(pid: int) -> list[int]:
-    with suppress(FileNotFoundError):
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    with suppress(FileNotFoundError):  # of all its threads: each has those that it started
+        files = list(Path(f"/proc/{pid}/task").glob("*/children"))
+        return [int(child) for file in files for child in file.read_text().split()]
     return []
 
 

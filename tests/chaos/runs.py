@@ -214,6 +214,8 @@ def shown(run: Run, codes: list[int]) -> str:
             right = saved_step == last_step and set(codes) != {0}
         case "failed" | "ended, not finished":
             right = set(codes) not in ({0}, {STOPPED})
+        case "not sent":  # its launcher was ended before it had begun
+            right = last_step == 0 and codes[0] < 0
         case _:
             right = False
     assert right, f"{codes}, {saved_step} steps saved, {last_step} reported: {row.state}"

@@ -1,5 +1,8 @@
 """The compiled loops against the plain formula in double precision."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -127,3 +130,11 @@ def test_leaky_hard_passes_the_gradient_of_upper_at_zero():
     lower, upper = leaky_hard(x)
     (lower + upper * torch.tensor([2.0, -3.0, 0.0])).sum().backward()
     assert x.grad.tolist() == [2.0, -3.0, 0.0]
+
+
+def test_where_nothing_can_be_written_the_run_ends():
+    """Without the loops it would go on, but round otherwise than before."""
+    limited = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (1000, 1000))\n"
+    code = limited + "from spd_core import native; native.library()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "OSError: [Errno 27] File too large" in done.stderr
