@@ -48,17 +48,16 @@ def evaluate(
 
     Every rank calls it; values are whole on each, figures are drawn by rank 0.
     """
-    dist, position = d.dist, step / d.config.train.steps
-    at = Evaluation(d.config, d.model, dist, d.data, position, positions_ago)
+    at = Evaluation(d.config, d.model, d.dist, d.data, step / d.config.train.steps, positions_ago)
     sums: dict[str, Sums] = {name: {} for name in metrics}
     result, cost = dict[str, float](), defaultdict[str, float](float)
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
-        synchronise(dist.device)
+        synchronise(d.dist.device)
         started = time.perf_counter()
         yield
-        synchronise(dist.device)
+        synchronise(d.dist.device)
         cost[name] += time.perf_counter() - started
 
     with d.autocast():
@@ -70,10 +69,10 @@ def evaluate(
                     add(sums[name], _sums(name, metric, at, batch, i))
         for name, metric in metrics.items():
             with timed(name):
-                total = over_ranks("sum", {k: s.double() for k, s in sums[name].items()}, dist)
+                total = over_ranks("sum", {k: s.double() for k, s in sums[name].items()}, d.dist)
                 match metric:
                     case options.FigureConfig() | options.CustomMetricConfig(kind="figure"):
-                        if dist.is_main:
+                        if d.dist.is_main:
                             _draw(name, metric, at, total, figures / f"{name}.png")
                     case _:
                         result |= _under("eval", means(total))
