@@ -30,6 +30,7 @@ def main() -> int:
     launch, run = ledger.find(given.launch, given.out_dir)
     wanted = given.task or run
     rows = ledger.read_rows(launch)
+    ending = {row.name for row in rows}
     if wanted is not None:
         if ledger.read_info(launch)["kind"] == "local" and len(rows) > 1:
             raise LaunchError(
@@ -37,12 +38,12 @@ def main() -> int:
                 f"(python -m spd_launch.cancel {launch.launch_id}) and resume the runs you want"
             )
         names = {row.name for row in ledger.find_rows(rows, wanted)}
-        rows = [row for row in rows if row.name in names or row.after in names]
+        ending = {row.name for row in rows if row.name in names or row.after in names}
     in_queue = ask_slurm(launch)
-    all_rows, names = judge(launch, ledger.read_rows(launch), in_queue), {row.name for row in rows}
-    observed = [row for row in all_rows if row.row.name in names and row.state != "finished"]
+    judged = judge(launch, rows, in_queue)
+    observed = [row for row in judged if row.row.name in ending and row.state != "finished"]
     live = [row for row in observed if row.live]
-    kept = {row.job_id for row in all_rows if row.live and row.row.name not in names}
+    kept = {row.job_id for row in judged if row.live and row.row.name not in ending}
     if len(live) > MANY and not given.yes and sys.stdin.isatty():
         answer = input(f"cancel {len(live)} live jobs of {launch.launch_id}? [y/N] ")
         if answer.strip().lower() not in ("y", "yes"):
