@@ -1,7 +1,7 @@
 """Time one optimisation step: data in, optimiser out, after warm-up.
 
 python -m benchmarks.step --experiment tms_5-2 [--batch N] [--steps N]
-    [--device cpu|cuda] [--threads N] [--dp N]
+    [--device cpu|cuda] [--threads N] [--dp N] [FIELD=VALUE ...]
 
 With --dp the ranks are processes of this machine; rank 0's times are printed.
 """
@@ -43,8 +43,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of a rank")
     parser.add_argument("--dp", type=int, default=1, help="data-parallel processes")
+    parser.add_argument("overrides", nargs="*", help="of the experiment: train.autocast=bf16")
     arguments = parser.parse_args()
-    overrides = [] if arguments.batch is None else [f"train.batch_size={arguments.batch}"]
+    overrides = arguments.overrides
+    if arguments.batch is not None:
+        overrides = [*overrides, f"train.batch_size={arguments.batch}"]
     config, data = composed(arguments.experiment, [*overrides, f"dp={arguments.dp}"])
     port = free_port("step", 0)
     shared = (config, data, arguments.steps, arguments.device, arguments.threads, port)

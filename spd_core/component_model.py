@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spd_core.ci_fns import CausalImportance, apply_sigmoid, make_ci_fn
@@ -17,14 +17,38 @@ from spd_core.config import DecomposeConfig
 from spd_core.randomness import BatchStream, stream
 from spd_core.targets.select import select_output
 
+ROUND = 32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Positions, counted through all dimensions; the first n of `index`, what follows fills it up.
+
+    In half precision a CPU makes a kernel for every new number of rows, and keeps it: a few
+    numbers should come again and again.
+    """
+
+    index: Int[Tensor, "n_filled_up"]
+    n: int
+
+    @staticmethod
+    def of(chosen: Bool[Tensor, "..."], device: torch.device) -> "Rows":
+        """Where `chosen` is true."""
+        rows = chosen.flatten().nonzero()[:, 0]
+        fill = rows[:1].expand(-len(rows) % ROUND)
+        return Rows(torch.cat([rows, fill]).to(device), len(rows))
+
 
 @dataclass(frozen=True)
 class MaskInfo:
-    """How one module runs: masks of its subcomponents and delta, and where it runs on them."""
+    """How one module runs: masks of its subcomponents and delta, and where it runs on them.
+
+    With `rows` the masks are for these alone: (n, C) and (n,). None = everywhere.
+    """
 
     mask: Float[Tensor, "... C"] | None
     delta_mask: Float[Tensor, "..."] | None
-    route: Bool[Tensor, "..."] | None
+    rows: "Rows | None"
 
 
 @dataclass(frozen=True)
@@ -188,24 +212,25 @@ class ComponentModel(nn.Module):
         first: list[Tensor] = []
 
         def put_in(name: str, x: Tensor, out: Tensor) -> Tensor:
-            info = masks.get(name)
+            info, components = masks.get(name), self.components[name]
             if info is not None and not first:
                 first.append(x)
+            rows, n_dims = None if info is None else info.rows, out.dim() - 1
             if own_acts and name in own_acts and first and x is first[0]:
-                inner_acts = own_acts[name]
+                inner_acts = at_rows(own_acts[name], rows, n_dims)
             else:
-                inner_acts = self.components[name].inner_acts(x)
+                inner_acts = components.inner_acts(at_rows(x, rows, n_dims))
             if cache is not None:
+                assert rows is None, "a cache holds what modules see at all positions"
                 cache.inputs[name], cache.inner_acts[name] = x, inner_acts
             if info is None:
                 return out
-            masked = self.components[name](inner_acts, out, info.mask, info.delta_mask)
-            if info.route is None:
+            its_out = at_rows(out, rows, n_dims)
+            masked = components(inner_acts, its_out, info.mask, info.delta_mask)
+            if rows is None:
                 return masked
-            if info.route.dim() != out.dim() - 1:
-                at, routed = tuple(out.shape[:-1]), tuple(info.route.shape)
-                raise _refusal(name, f"runs at positions {at}, but routes are for {routed}")
-            return torch.where(info.route.unsqueeze(-1), masked, out)
+            n = rows.n
+            return out.flatten(0, -2).index_copy(0, rows.index[:n], masked[:n]).view_as(out)
 
         with self._hooks(masks if cache is None else self.components, put_in):
             return select_output(self.target(batch), self.output)
@@ -245,6 +270,11 @@ class ComponentModel(nn.Module):
                 handle = module.register_forward_hook(partial(after, name), with_kwargs=True)
                 stack.enter_context(handle)
             yield
+
+
+def at_rows(x: Tensor, rows: Rows | None, n_dims: int) -> Tensor:
+    """x at some of its positions, which are its first n_dims dimensions; (n_filled_up, ...)."""
+    return x if rows is None else x.flatten(0, n_dims - 1).index_select(0, rows.index)
 
 
 def _refusal(name: str, why: str) -> ValueError:

@@ -1,16 +1,18 @@
 """Which modules run on their components, at which positions, under which masks."""
 
+from dataclasses import replace
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
-from spd_core.component_model import ComponentModel, MaskInfo
+from spd_core.component_model import ComponentModel, MaskInfo, Rows, at_rows
 from spd_core.config.losses import Routing, StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
 
-Routes = dict[str, Bool[Tensor, "..."] | None]
-"""True where a module runs on its components; None = everywhere. Modules left out never do."""
+Routes = dict[str, Rows | None]
+"""Where a module runs on its components; None = everywhere. Modules left out never do."""
 
 Sources = dict[str, Float[Tensor, "... C_or_C_plus_1"]]
 """The source r of each module; with a delta component, the last entry is the delta's mask."""
@@ -21,21 +23,32 @@ def draw_routes(batch: Batch, routing: Routing, purpose: str) -> list[Routes]:
 
     uniform_k_subset: k ~ Uniform{1..n_modules}, then a uniformly random k-subset;
     static_probability: each module with probability p. Both independently per position.
+
+    Raises:
+        ValueError: modules that run at unlike positions are to be routed.
     """
     names, shape = list(batch.ci), batch.positions
+    # Drawn beside the device: a GPU would have to be waited for to know how many rows there are.
+    stream = replace(batch.randomness, device=torch.device("cpu")).batch_stream(purpose)
     match routing:
         case "all":
             return [dict.fromkeys(names)]
         case "layerwise":
             return [{name: None} for name in names]
         case UniformKSubsetConfig():
-            stream = batch.randomness.batch_stream(purpose)
             k = stream.integers(1, len(names) + 1, *shape)
             rank = stream.uniform(*shape, len(names)).argsort(dim=-1).argsort(dim=-1)
             chosen = rank < k.unsqueeze(-1)
         case StaticProbabilityConfig(p=p):
-            chosen = batch.randomness.batch_stream(purpose).uniform(*shape, len(names)) < p
-    return [{name: chosen[..., i] for i, name in enumerate(names)}]
+            chosen = stream.uniform(*shape, len(names)) < p
+    for name, ci in batch.ci.items():
+        if (at := ci.lower.shape[:-1]) != chosen.shape[:-1]:
+            raise ValueError(
+                f"decompose.modules: {name!r} runs at positions {tuple(at)}, but routes are for "
+                f"{tuple(chosen.shape[:-1])}; leave it out"
+            )
+    device = batch.randomness.device
+    return [{name: Rows.of(chosen[..., i], device) for i, name in enumerate(names)}]
 
 
 def stochastic_masks(
@@ -58,10 +71,15 @@ def masks_from_sources(
 ) -> dict[str, MaskInfo]:
     """m = ci + (1 - ci) r for the routed modules; a source one longer than C masks the delta."""
     masks = {}
-    for name, route in routes.items():
+    for name, rows in routes.items():
         lower, source = ci[name].lower, sources[name]
-        C = lower.shape[-1]
+        n_dims, C = lower.dim() - 1, lower.shape[-1]
+        if rows is not None and source.shape[:-1].numel() == 1:  # one for all positions
+            source = source.flatten(0, -2)
+        else:
+            source = at_rows(source, rows, n_dims)
+        lower = at_rows(lower, rows, n_dims)
         r, delta_mask = source[..., :C], source[..., C] if source.shape[-1] > C else None
         mask = torch.addcmul(r, lower, 1 - r)  # r + ci (1 - r)
-        masks[name] = MaskInfo(mask, delta_mask, route)
+        masks[name] = MaskInfo(mask, delta_mask, rows)
     return masks

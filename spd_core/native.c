@@ -5,12 +5,11 @@
 #include <math.h>
 
 #define BLOCK 64
+#define ROWS 256
 #define LEAK 0.01f
 
-/* exp(x) for -87 <= x <= 0, to 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. */
-static inline float exp_negative(float x) {
-    float n = floorf(x * 1.44269504f + 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+/* 2^n exp(r) for |n| <= 126 and |r| <= ln2/2. */
+static inline float exp_reduced(float r, float n) {
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -20,6 +19,12 @@ static inline float exp_negative(float x) {
     p = p * r * r + r + 1.0f;
     union { int32_t i; float f; } power = { ((int32_t)n + 127) << 23 };
     return p * power.f;
+}
+
+/* exp(x) for -87 <= x <= 0, to 2 ulp. */
+static inline float exp_negative(float x) {
+    float n = floorf(x * 1.44269504f + 0.5f);
+    return exp_reduced(x - n * 0.693359375f + n * 2.12194440e-4f, n);
 }
 
 /* The normal distribution's cdf and density at z (Abramowitz and Stegun 7.1.26, 1.5e-7). */
@@ -116,5 +121,54 @@ void leaky_hard_backward(int threads, int64_t n, const float *x, const float *gl
         float of_lower = x[i] <= 0 ? leaked : x[i] <= 1 ? glower[i] : 0;
         float of_upper = x[i] >= 0 && x[i] <= 1 ? gupper[i] : 0;
         gx[i] = of_lower + of_upper + (x[i] >= 1 ? LEAK * gupper[i] : 0);
+    }
+}
+
+/* x^p for normal x > 0, to about 1e-6: 2^(p log2 x). */
+static inline float power(float x, float p) {
+    union { float f; int32_t i; } u = { x };
+    int32_t e = (u.i - 0x3f3504f3) >> 23;  /* the mantissa will lie in [sqrt(1/2), sqrt(2)) */
+    u.i -= e << 23;
+    float s = (u.f - 1.0f) / (u.f + 1.0f), s2 = s * s;
+    float q = 1.0f / 9;
+    q = q * s2 + 1.0f / 7;
+    q = q * s2 + 1.0f / 5;
+    q = q * s2 + 1.0f / 3;
+    float y = p * ((q * s2 * s + s) * 2.88539008f + (float)e);
+    y = y < -126 ? -126 : y > 126 ? 126 : y;
+    float n = floorf(y + 0.5f);
+    return exp_reduced((y - n) * 0.69314718f, n);
+}
+
+/* out_c = sum over j of times_j (x_jc + eps)^p, for x >= 0. A thread has its own c, so that sums do not
+ * depend on the number of threads.
+ */
+void power_sums_forward(int threads, int64_t n, int64_t C, const float *x, const float *times,
+                        const float *p_and_eps, float *out) {
+    float p = p_and_eps[0], eps = p_and_eps[1];
+    #pragma omp parallel for num_threads(threads)
+    for (int64_t c0 = 0; c0 < C; c0 += BLOCK) {
+        int m = C - c0 < BLOCK ? C - c0 : BLOCK;
+        double total[BLOCK] = {0};
+        for (int64_t j0 = 0; j0 < n; j0 += ROWS) {
+            float sum[BLOCK] = {0};
+            for (int64_t j = j0; j < n && j < j0 + ROWS; j++)
+                for (int c = 0; c < m; c++)
+                    sum[c] += times[j] * power(x[j * C + c0 + c] + eps, p);
+            for (int c = 0; c < m; c++) total[c] += sum[c];
+        }
+        for (int c = 0; c < m; c++) out[c0 + c] = total[c];
+    }
+}
+
+void power_sums_backward(int threads, int64_t n, int64_t C, const float *x, const float *times,
+                         const float *p_and_eps, const float *grad, float *gx, float *gtimes,
+                         float *gp_and_eps) {
+    float p = p_and_eps[0], eps = p_and_eps[1];
+    #pragma omp parallel for num_threads(threads)
+    for (int64_t j = 0; j < n; j++) {
+        float slope = times[j] * p;
+        for (int64_t c = 0; c < C; c++)
+            gx[j * C + c] = slope * grad[c] * power(x[j * C + c] + eps, p - 1);
     }
 }

@@ -49,24 +49,33 @@ def scalar_mlps(
     b2: Float[Tensor, "C 1 1"],
 ) -> Float[Tensor, "batch C"]:
     """sum_k w2_k GELU(w1_k x + b1_k) + b2 for each of C scalar MLPs."""
-    (out,) = _Loops.apply("mlps", (*x.shape, w1.shape[1]), 1, x, w1, b1, w2, b2)
+    (out,) = _Loops.apply("mlps", (*x.shape, w1.shape[1]), [x.shape], x, w1, b1, w2, b2)
     return out
 
 
 def leaky_hard(x: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
     """The pair lower_leaky_hard, upper_leaky_hard of `ci_fns`."""
-    return cast(tuple[Tensor, Tensor], _Loops.apply("leaky_hard", (x.numel(),), 2, x))
+    return cast(tuple[Tensor, Tensor], _Loops.apply("leaky_hard", (x.numel(),), [x.shape] * 2, x))
+
+
+def power_sums(
+    x: Float[Tensor, "n C"], p: float, eps: float, n_times: Float[Tensor, "n"]
+) -> Float[Tensor, "C"]:
+    """Sums over n of n_times (x + eps)^p, for x >= 0."""
+    inputs = x, n_times, torch.tensor([p, eps])
+    (out,) = _Loops.apply("power_sums", x.shape, [x.shape[1:]], *inputs)
+    return out
 
 
 class _Loops(torch.autograd.Function):
-    """LOOP_forward makes n outputs like the first input, LOOP_backward the inputs' gradients."""
+    """LOOP_forward makes outputs of these shapes, LOOP_backward the inputs' gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, loop: str, sizes: tuple[int, ...], n: int, *inputs: Tensor
+        ctx: Any, loop: str, sizes: tuple[int, ...], shapes: list[torch.Size], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         inputs, ctx.of = tuple(x.contiguous() for x in inputs), (loop, sizes)
-        outputs = tuple(torch.empty_like(inputs[0]) for _ in range(n))
+        outputs = tuple(inputs[0].new_empty(shape) for shape in shapes)
         _run(f"{loop}_forward", sizes, *inputs, *outputs)
         ctx.save_for_backward(*inputs)
         return outputs

@@ -8,6 +8,7 @@ restart, the number of ranks, or microbatches.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -36,16 +37,19 @@ class BatchStream:
 
     def uniform(self, *shape: int) -> Float[Tensor, "batch *rest"]:
         """U[0, 1) of shape (batch of this rank, *shape)."""
-        return self._draw(lambda n, g: torch.rand(n, *shape, generator=g, device=g.device))
+        return self._draw(torch.get_default_dtype(), shape, lambda x, g: x.uniform_(generator=g))
 
     def integers(self, low: int, high: int, *shape: int) -> Int[Tensor, "batch *rest"]:
         """Uniform integers in [low, high) of shape (batch of this rank, *shape)."""
-        return self._draw(
-            lambda n, g: torch.randint(low, high, (n, *shape), generator=g, device=g.device)
-        )
+        return self._draw(torch.long, shape, lambda x, g: x.random_(low, high, generator=g))
 
-    def _draw(self, one_shard: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        drawn = torch.cat([one_shard(n, generator) for generator, n in self.shards])
+    def _draw(
+        self, dtype: torch.dtype, shape: tuple[int, ...], fill: Callable[[Tensor, Any], Tensor]
+    ) -> Tensor:
+        numbers = [n for _, n in self.shards]
+        drawn = torch.empty(sum(numbers), *shape, dtype=dtype, device=self.shards[0][0].device)
+        for part, (generator, _) in zip(drawn.split(numbers), self.shards, strict=True):
+            fill(part, generator)
         rows = self.rows
         return drawn[rows] if isinstance(rows, slice) else drawn.index_select(0, rows)
 

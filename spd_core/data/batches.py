@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
-from spd_core.component_model import ComponentModel
+from spd_core.component_model import ROUND, ComponentModel
 from spd_core.config import RunConfig
 from spd_core.data.induction import induction_sequences
 from spd_core.data.sparse import sparse_features
@@ -135,6 +135,8 @@ def make_batch(d: Decomposition, randomness: StepRandomness, purpose: str) -> Ba
     examples = draw_examples(config, d.data, randomness, purpose)
     target_out, inputs = model.run_target(examples)
     silent = _silent_examples(config, inputs, len(examples))
+    # Some count as active, so that a few numbers of rows come again and again (see Rows).
+    silent = silent[(len(silent) - len(examples)) % ROUND :]
     if len(silent) < 2:
         noise = randomness.batch_stream(f"{purpose}:binomial")
         ci, own_acts = model.causal_importances(inputs, noise)

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_core import native
 from spd_core.data.batches import Batch
 from spd_core.losses.distance import LossParts
 
@@ -29,11 +30,14 @@ def power_sums(batch: Batch, p: float) -> Float[Tensor, "C_total_and_n"]:
     """
     sums, n_times = [], None if batch.place is None else batch.place.bincount()
     for module_ci in batch.distinct_ci.values():
-        shifted = module_ci.upper + EPS
-        powers = shifted if p == 1 else shifted**p
-        n_own = powers[..., 0].numel()
+        upper = module_ci.upper.flatten(0, -2)
+        n_own, of_each = len(upper), upper.new_ones(len(upper))
         if n_times is not None:
             n_own = n_own // len(n_times) * len(batch.examples)
-            powers = powers * n_times.view(-1, *[1] * (powers.dim() - 1))
-        sums.append(powers.flatten(0, -2).sum(0) * (batch.n_positions / n_own))
+            of_each = n_times.repeat_interleave(len(upper) // len(n_times)).to(upper.dtype)
+        if native.is_native(upper):
+            own = native.power_sums(upper, p, EPS, of_each)
+        else:
+            own = of_each @ (upper + EPS) ** p
+        sums.append(own * (batch.n_positions / n_own))
     return torch.cat([*sums, sums[0].new_tensor([float(batch.n_positions)])])

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from spd_core.component_model import Cache, ComponentModel, MaskInfo
+from spd_core.component_model import Cache, ComponentModel, MaskInfo, at_rows
 from spd_core.config.losses import Routing
 from spd_core.data.batches import Batch
 from spd_core.losses.distance import LossParts, distance
@@ -36,9 +36,11 @@ def masks_of_passes(
         for routes in draw_routes(batch, routing, f"{purpose}:route:{sample}"):
             match source:
                 case "unmasked":
-                    yield {n: MaskInfo(None, None, route) for n, route in routes.items()}
+                    yield {n: MaskInfo(None, None, rows) for n, rows in routes.items()}
                 case "ci_masked":
-                    yield {n: MaskInfo(batch.ci[n].lower, None, r) for n, r in routes.items()}
+                    lower = {n: batch.ci[n].lower for n in routes}
+                    at = {n: at_rows(x, routes[n], x.dim() - 1) for n, x in lower.items()}
+                    yield {n: MaskInfo(at[n], None, rows) for n, rows in routes.items()}
                 case "stochastic":
                     part = f"{purpose}:{sample}:{next(iter(routes))}"
                     yield stochastic_masks(model, batch, routes, part)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from spd_core.component_model import Cache, ComponentModel, MaskInfo, expand_patterns
+from spd_core.component_model import Cache, ComponentModel, MaskInfo, Rows, expand_patterns
 from spd_core.data.batches import Batch
 from spd_core.masks import stochastic_masks
 from spd_core.randomness import StepRandomness
@@ -117,31 +117,24 @@ def test_masks_for_a_subset_replace_only_those(model):
 def test_routes_choose_per_position(model):
     x = torch.randn(7, 4)
     route = torch.tensor([True, False, True, False, False, True, True])
-    mask = MaskInfo(torch.rand(7, 3), None, None)
+    mask, rows = MaskInfo(torch.rand(7, 3), None, None), Rows.of(route, torch.device("cpu"))
     everywhere = model.run_masked(x, {"head": mask})
-    out = model.run_masked(x, {"head": MaskInfo(mask.mask, None, route)})
+    out = model.run_masked(x, {"head": MaskInfo(mask.mask[rows.index], None, rows)})
     torch.testing.assert_close(out[route], everywhere[route])
     torch.testing.assert_close(out[~route], model.target(x)[~route])
 
 
 def test_routes_choose_per_position_of_a_sequence(model):
     x, route = torch.randn(2, 5, 4), torch.rand(2, 5) < 0.5
-    info = MaskInfo(torch.rand(2, 5, 3), torch.rand(2, 5), route)
-    out = model.run_masked(x, {"head": info}).detach()
+    info, rows = MaskInfo(torch.rand(2, 5, 3), torch.rand(2, 5), None), Rows.of(route, x.device)
+    at = [values.flatten(0, 1)[rows.index] for values in (info.mask, info.delta_mask)]
+    out = model.run_masked(x, {"head": MaskInfo(*at, rows)}).detach()
     inputs, head = model.run_target(x)[1]["head"], model.target.head
     masked = masked_linear(head, model.components["head"], inputs, info)
     plain = inputs.numpy() @ head.weight.numpy().T + head.bias.numpy()
     for place in np.ndindex(2, 5):
         wanted = masked[place] if route[place] else plain[place]
         np.testing.assert_allclose(out[place], wanted, atol=1e-5)
-
-
-def test_a_route_for_other_positions_than_the_modules_is_refused_by_name(decompose):
-    """Square, so that the shapes would broadcast."""
-    model = decompose(Calls(lambda part, x: part(x[:, 0])), {"part": 5})
-    info = MaskInfo(torch.rand(3, 5), None, torch.rand(3, 3) < 0.5)
-    with pytest.raises(ValueError, match=r"'part' runs at positions \(3,\), .* \(3, 3\)"):
-        model.run_masked(torch.randn(3, 3, 4), {"part": info})
 
 
 def test_a_cache_holds_what_every_module_sees_in_the_masked_pass(model):
@@ -660,12 +653,12 @@ def test_a_pattern_of_identities_without_a_match_is_an_error(decompose):
 
 def random_masks(model, delta):
     shape = TOKENS.shape
-    return {
-        name: MaskInfo(
-            torch.rand(*shape, c.C), torch.rand(shape) if delta else None, torch.rand(shape) < 0.9
-        )
-        for name, c in model.components.items()
-    }
+    masks = {}
+    for name, c in model.components.items():
+        rows = Rows.of(torch.rand(shape) < 0.9, TOKENS.device)
+        n = len(rows.index)
+        masks[name] = MaskInfo(torch.rand(n, c.C), torch.rand(n) if delta else None, rows)
+    return masks
 
 
 @pytest.fixture
@@ -679,7 +672,8 @@ def test_autocast_is_close_to_float32_and_keeps_the_targets_types(delta, words):
     exact = words.run_masked(TOKENS, masks)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         target_out, inputs = words.run_target(TOKENS)
-        out = words.run_masked(TOKENS, masks, cache)
+        out = words.run_masked(TOKENS, masks)
+        words.run_masked(TOKENS, masks_of_ones(words, inputs), cache)
     torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.03)
     assert out.dtype == target_out.dtype == torch.bfloat16
     assert {n: x.dtype for n, x in cache.inputs.items()} == {n: x.dtype for n, x in inputs.items()}
@@ -690,7 +684,8 @@ def test_a_target_in_half_precision_keeps_its_type(delta, words):
     masks = random_masks(words, delta)
     exact, cache = words.run_masked(TOKENS, masks), Cache()
     words.target.bfloat16()
-    out = words.run_masked(TOKENS, masks, cache)
+    out = words.run_masked(TOKENS, masks)
+    words.run_masked(TOKENS, masks_of_ones(words, words.run_target(TOKENS)[1]), cache)
     assert out.dtype == cache.inputs["head"].dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.03)
 

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 from torch import nn
 
 from spd_core.ci_fns import CausalImportance
-from spd_core.component_model import ComponentModel, MaskInfo
+from spd_core.component_model import ComponentModel, MaskInfo, at_rows
 from spd_core.config.losses import (
     LossConfig,
     PGDReconConfig,
@@ -70,10 +70,14 @@ def tms_numpy(model, x, masks):
         if name in masks:
             info = masks[name]
             info = info if isinstance(info, MaskInfo) else MaskInfo(info, None, None)
-            masked = ((h @ V) * (1 if info.mask is None else to_numpy(info.mask))) @ U + bias
+            seen = h if info.rows is None else h.reshape(-1, h.shape[-1])[info.rows.index]
+            masked = ((seen @ V) * (1 if info.mask is None else to_numpy(info.mask))) @ U + bias
             if info.delta_mask is not None:
-                masked += to_numpy(info.delta_mask)[..., None] * (h @ (W - V @ U))
-            out = masked if info.route is None else np.where(info.route[..., None], masked, out)
+                masked += to_numpy(info.delta_mask)[..., None] * (seen @ (W - V @ U))
+            if info.rows is None:
+                out = masked
+            else:
+                out.reshape(-1, out.shape[-1])[info.rows.index] = masked
         h = out
     return np.maximum(h, 0), inputs
 
@@ -336,17 +340,17 @@ def test_which_masks_a_loss_uses(name, routing, positions, recon_parts, passes):
         assert len(masks) == (1 if name.endswith("_layerwise") else 2)
         for module, info in masks.items():
             lower = batch.ci[module].lower
+            if info.rows is not None:
+                lower = lower.flatten(0, -2)[info.rows.index]
             if name == "unmasked_recon":
                 assert info.mask is None
             elif name.startswith("ci"):
                 assert torch.equal(info.mask, lower)
             else:
                 assert (info.mask >= lower).all() and (info.mask <= 1).all()
-                assert (info.mask > lower).any()
+                assert (info.mask > lower).any() or not len(lower)
             assert (info.delta_mask is not None) == name.startswith(("stochastic", "pgd"))
-            assert (info.route is not None) == name.endswith("_subset")
-            if info.route is not None:
-                assert info.route.shape == (4, *positions)
+            assert (info.rows is not None) == name.endswith("_subset")
 
 
 @EVERY_RECON
@@ -360,10 +364,11 @@ def test_layerwise_masks_every_module_in_turn(name, recon_parts, passes):
 def test_no_two_stochastic_passes_share_numbers(recon_parts, passes):
     for name in ("stochastic_recon", "stochastic_recon_layerwise", "stochastic_recon_subset"):
         recon_parts(name, (3,))
-    drawn = torch.cat([i.delta_mask.flatten() for masks in passes for i in masks.values()])
-    assert len(drawn) == 12 * 12 and len(drawn.unique()) == len(drawn)
-    first, second = (torch.stack([i.route for i in masks.values()]) for masks in passes[-2:])
-    assert not torch.equal(first, second)
+    infos = [info for masks in passes for info in masks.values()]
+    drawn = torch.cat([i.delta_mask.flatten()[: i.rows.n if i.rows else None] for i in infos])
+    assert len(drawn) > 100 and len(drawn.unique()) == len(drawn)
+    first, second = ([i.rows.index.tolist() for i in masks.values()] for masks in passes[-2:])
+    assert first != second
 
 
 def moved(model, masks, directions, ci, t):
@@ -376,11 +381,12 @@ def moved(model, masks, directions, ci, t):
     for name, info in masks.items():
         mask = info.mask
         if mask is not None:
-            lower = ci[name].lower.double()
+            lower = at_rows(ci[name].lower.double(), info.rows, ci[name].lower.dim() - 1)
             r = (mask - lower) / (1 - lower)
-            lower = lower + t * directions[name, "lower"]
+            along = directions[name, "lower"]
+            lower = lower + t * at_rows(along, info.rows, along.dim() - 1)
             mask = lower + (1 - lower) * r
-        result[name] = MaskInfo(mask, info.delta_mask, info.route)
+        result[name] = MaskInfo(mask, info.delta_mask, info.rows)
     return model, result
 
 

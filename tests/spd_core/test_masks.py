@@ -11,7 +11,7 @@ from scipy.stats import binomtest, chisquare, kstest
 from spd_core.ci_fns import CausalImportance
 from spd_core.config.losses import StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
-from spd_core.masks import draw_routes, masks_from_sources, stochastic_masks
+from spd_core.masks import Rows, draw_routes, masks_from_sources, stochastic_masks
 from spd_core.randomness import StepRandomness
 
 UNIT = st.floats(0, 1, width=32)
@@ -93,11 +93,13 @@ def test_given_sources_are_shared_or_one_per_datapoint(delta):
 
 
 def test_only_routed_modules_are_masked():
-    lower, route = torch.rand(2, 3), torch.tensor([True, False])
+    lower, rows = torch.rand(2, 3), Rows.of(torch.tensor([True, False]), torch.device("cpu"))
     ci = {n: CausalImportance(lower, lower, lower) for n in ("a", "b")}
     sources = {n: torch.rand(2, 4) for n in ci}
-    masks = masks_from_sources(ci, sources, {"b": route})
-    assert list(masks) == ["b"] and torch.equal(masks["b"].route, route)
+    masks = masks_from_sources(ci, sources, {"b": rows})
+    assert list(masks) == ["b"] and masks["b"].rows is rows
+    wanted = lower[0] + (1 - lower[0]) * sources["b"][0, :3]
+    torch.testing.assert_close(masks["b"].mask[0], wanted)
 
 
 def test_modules_draw_different_numbers_and_delta_can_be_off(draw):
@@ -119,7 +121,16 @@ def static(p):
 def routes_of(routing, shape, batch, names=NAMES):
     (routes,) = draw_routes(batch_of(names, torch.rand(batch, *shape, 2)), routing, "route")
     assert list(routes) == names
-    return routes
+    return {name: where(rows, (batch, *shape)) for name, rows in routes.items()}
+
+
+def where(rows, shape):
+    """The positions of `rows` as a mask; what fills them up repeats them."""
+    assert len(rows.index) % 32 == 0 and torch.isin(rows.index, rows.index[: rows.n]).all()
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask.view(-1)[rows.index[: rows.n]] = True
+    assert mask.sum() == rows.n
+    return mask
 
 
 def chosen(shape, batch):
@@ -172,7 +183,8 @@ def test_all_is_everywhere_and_layerwise_one_module_at_a_time():
 def test_ranks_draw_different_routes_that_are_together_those_of_one_process(routing):
     def drawn(n, rank, world):
         batch = batch_of(NAMES, torch.rand(n, 2, 3), rank, world, batch_size=40)
-        return torch.stack(list(draw_routes(batch, routing, "route")[0].values()))
+        (routes,) = draw_routes(batch, routing, "route")
+        return torch.stack([where(rows, (n, 2)) for rows in routes.values()])
 
     ranks = [drawn(n, r, 3) for r, n in enumerate((13, 13, 14))]
     assert [r.shape[1] for r in ranks] == [13, 13, 14]

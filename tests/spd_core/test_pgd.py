@@ -297,7 +297,7 @@ def test_routes_are_drawn_once(scope, routing, make_config, one_process, monkeyp
     model, seen, run = parallel(make_config, True), [], ComponentModel.run_masked
 
     def spy(self, x, masks, **named):
-        seen.append(torch.stack([info.route for info in masks.values()]))
+        seen.append([info.rows.index.tolist() for info in masks.values()])
         return run(self, x, masks, **named)
 
     monkeypatch.setattr(ComponentModel, "run_masked", spy)
@@ -308,8 +308,8 @@ def test_routes_are_drawn_once(scope, routing, make_config, one_process, monkeyp
         Decomposition(None, model, one_process, None), {name: config}, lambda: [batch], 1, 0.0
     )
     loss_parts(name, config, batch, step)
-    assert len(seen) == 4 and all(torch.equal(routes, seen[0]) for routes in seen)
-    assert 0 < seen[0].float().mean() < 1
+    assert len(seen) == 4 and all(routes == seen[0] for routes in seen)
+    assert all(0 < len(set(rows)) < 120 for rows in seen[0])
 
 
 # ---------------------------------------------------------------- gradients
