@@ -161,6 +161,9 @@ class ComponentModel(nn.Module):
                 raise _refusal(name, f"returns a {type(out).__name__} (of a hook of its own?)")
             if name in inputs:
                 raise _refusal(name, "runs more than once in one forward pass (shared weights)")
+            if len(x) not in (1, len(batch)):  # 1 = for all examples, as position embeddings
+                shape = tuple(x.shape)
+                raise _refusal(name, f"has an input of shape {shape} for {len(batch)} examples")
             inputs[name], versions[name] = x, x._version
 
         with self._hooks(self.components, keep):
