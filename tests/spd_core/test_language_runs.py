@@ -57,6 +57,15 @@ def test_figures_of_language_models_never_change_the_weights(run):
     assert all(torch.equal(without[name], weights[name]) for name in without)
 
 
+@pytest.mark.parametrize("metric, options", [
+    ("permuted_ci_plots", {}),
+    ("identity_ci_error", {"tolerance": 0.1, "modules": {"lm_head": {"kind": "dense", "k": 2}}}),
+])  # fmt: skip
+def test_what_needs_features_is_refused(metric, options, run):
+    with pytest.raises(ValueError, match=rf"data\.kind=text does not fit eval\.metrics\.{metric}"):
+        run("features", metrics={metric: {"when": 3, **options}})
+
+
 @pytest.mark.parametrize("sampling", ["continuous", "binomial"])
 def test_microbatches_change_nothing_in_a_language_model(sampling, run):
     """Position embeddings run once for all examples, at as many positions as one of them has."""
