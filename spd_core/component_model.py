@@ -161,9 +161,10 @@ class ComponentModel(nn.Module):
                 raise _refusal(name, f"returns a {type(out).__name__} (of a hook of its own?)")
             if name in inputs:
                 raise _refusal(name, "runs more than once in one forward pass (shared weights)")
-            if len(x) not in (1, len(batch)):  # 1 = for all examples, as position embeddings
-                shape = tuple(x.shape)
-                raise _refusal(name, f"has an input of shape {shape} for {len(batch)} examples")
+            if len(x) == 1:  # position embeddings run once: the same input for every example
+                x = x.expand(len(batch), *x.shape[1:])
+            if len(x) != len(batch):
+                raise _refusal(name, f"has an input of {len(x)} rows for {len(batch)} examples")
             inputs[name], versions[name] = x, x._version
 
         with self._hooks(self.components, keep):

@@ -25,15 +25,14 @@ def power_sums(batch: Batch, p: float) -> Float[Tensor, "C_total_and_n"]:
     """Sums over positions of (upper_leaky + eps)^p, then the number of positions.
 
     The number goes along because ranks may hold unequal counts. A module that runs at fewer
-    positions than the first (position embeddings run once per batch) counts as if at all.
+    positions than the first (a pooler has one per example) counts as if at all.
     """
     sums, n_times = [], None if batch.place is None else batch.place.bincount()
     for module_ci in batch.distinct_ci.values():
         shifted = module_ci.upper + EPS
         powers = shifted if p == 1 else shifted**p
-        n_own = powers[..., 0].numel()
         if n_times is not None:
-            n_own = n_own // len(n_times) * len(batch.examples)
             powers = powers * n_times.view(-1, *[1] * (powers.dim() - 1))
+        n_own = powers[0, ..., 0].numel() * len(batch.examples)
         sums.append(powers.flatten(0, -2).sum(0) * (batch.n_positions / n_own))
     return torch.cat([*sums, sums[0].new_tensor([float(batch.n_positions)])])
