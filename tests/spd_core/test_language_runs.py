@@ -45,6 +45,7 @@ def test_metrics_of_language_models_never_change_the_weights(metric, run):
     _, without = run("without")
     records, weights = run("with", metrics={metric: OF_LANGUAGE[metric]})
     assert all(any(key.startswith(f"eval/{metric}/kl/") for key in record) for record in records)
+    assert all("tokens_per_s" in record for record in records)
     assert without.keys() == weights.keys()
     assert all(torch.equal(without[name], weights[name]) for name in without)
 
