@@ -185,6 +185,10 @@ class ComponentModel(nn.Module):
                 raise _refusal(name, f"returns a {type(out).__name__} (of a hook of its own?)")
             if name in inputs:
                 raise _refusal(name, "runs more than once in one forward pass (shared weights)")
+            if len(x) == 1:  # position embeddings run once: the same input for every example
+                x = x.expand(len(batch), *x.shape[1:])
+            if len(x) != len(batch):
+                raise _refusal(name, f"has an input of {len(x)} rows for {len(batch)} examples")
             inputs[name], versions[name] = x, x._version
 
         with self._hooks(self.components, keep):
@@ -216,7 +220,10 @@ class ComponentModel(nn.Module):
             if info is not None and not first:
                 first.append(x)
             rows, n_dims = None if info is None else info.rows, out.dim() - 1
-            if own_acts and name in own_acts and first and x is first[0]:
+            is_own = own_acts and name in own_acts and first and x is first[0]
+            if rows is not None and len(x) == 1:  # position embeddings, as in `run_target`
+                x, out = (t.expand(len(batch), *t.shape[1:]) for t in (x, out))
+            if own_acts and is_own:
                 inner_acts = at_rows(own_acts[name], rows, n_dims)
             else:
                 inner_acts = components.inner_acts(at_rows(x, rows, n_dims))

@@ -90,21 +90,18 @@ def check_metrics(config: RunConfig, model: ComponentModel) -> None:
     """
     names = list(model.components)
     for metric, o in config.eval.metrics.configured().items():
-        for problem in _problems(o, names):
+        for problem in _problems(o, config, names):
             raise ValueError(f"eval.metrics.{metric}.{problem}; decomposed are {', '.join(names)}")
-        of_tokens = isinstance(o, options.CeAndKlConfig | options.SubsetCeAndKlConfig)
-        if of_tokens and config.data.kind != "text":
-            raise ValueError(
-                f"eval.metrics.{metric} needs a language model, which predicts every next token; "
-                f"the {config.target.kind} target does not: eval.metrics.{metric}=null"
-            )
 
 
-def _problems(o: options.MetricConfig, names: list[str]) -> Iterator[str]:
+def _problems(o: options.MetricConfig, config: RunConfig, names: list[str]) -> Iterator[str]:
     match o:
         case options.IdentityCiErrorConfig() | options.MmcsMl2rConfig():
-            for name in o.modules.keys() - names:
-                yield f"modules names {name!r}, which is not decomposed"
+            for name, pattern in o.modules.items():
+                if name not in names:
+                    yield f"modules names {name!r}, which is not decomposed"
+                if isinstance(pattern, options.IdentityPattern) and pattern.n != n_features(config):
+                    yield f"modules.{name}.n={pattern.n} of {n_features(config)} features"
         case options.CiL0Config():
             for group, patterns in o.groups.items():
                 unmatched = [p for p in patterns if not matching(names, [p])]

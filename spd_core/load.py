@@ -11,8 +11,8 @@ from spd_core.config import RunConfig, load_config, named_run
 from spd_core.run_dir import RunDir
 from spd_core.targets.train_target import load_target
 
-WANDB = re.compile(
-    r"(?:wandb:|https?://[^/]+/)?([\w.-]+/[\w.-]+)(?:/runs)?/([\w.-]+)(?:/overview)?/?(?:\?.*)?"
+WANDB = re.compile(  # behind a run's URL may stand the tab that was open, and more
+    r"(?:wandb:)?(https?://[^/]+/)?([\w.-]+/[\w.-]+)(?:/runs)?/([\w.-]+)/?(?(1)(?:[/?#].*)?)"
 )
 
 
@@ -52,7 +52,7 @@ def find_run(reference: str) -> RunDir:
         if (folder / "config.yaml").is_file():
             return RunDir(folder.absolute())
     if match := WANDB.fullmatch(reference):
-        return _download(match[1], match[2], outputs / "wandb")
+        return _download(match[2], match[3], outputs / "wandb")
     raise ValueError(
         f"no run {reference!r}: no name in runs.yaml, no folder with a config.yaml, no run id in "
         f"{outputs.absolute() / 'runs'} (see SPD_OUT_DIR), and no entity/project/id or URL of W&B"

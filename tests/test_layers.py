@@ -54,6 +54,14 @@ def test_files_are_short(file):
     assert len(file.read_text().splitlines()) <= 400
 
 
+def test_the_core_can_be_read_in_an_afternoon():
+    """Everything but targets and data, comments and docstrings included; `just lines` counts."""
+    apart = (REPO / "spd_core" / "targets", REPO / "spd_core" / "data")
+    files = [f for f in FILES if f.is_relative_to(REPO / "spd_core") and f.parent not in apart]
+    lines = {name(f): len(f.read_text().splitlines()) for f in files}
+    assert sum(lines.values()) <= 3000, lines
+
+
 def test_the_word_for_ci_fn_is_ci_fn():
     files = [f for p in PACKAGES for f in (REPO / p).rglob("*") if f.suffix in (".py", ".yaml")]
     pattern = re.compile(r"(?<![a-z])gat(e|es|ed|ing)(?![a-z]|_proj)", re.IGNORECASE)

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from spd_core.base_config import BaseConfig, Count, CustomConfig, Positive, ScheduleConfig, Seed
 from spd_core.config.losses import LossesConfig
-from spd_core.config.metrics import MetricsConfig
+from spd_core.config.metrics import DATA_OF, MetricsConfig
 from spd_core.targets.config import DataConfig, TargetConfig, data_kind_of
 
 
@@ -121,12 +121,13 @@ class RunConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        data = data_kind_of(self.target)
-        if data is not None and self.data.kind != data:
-            raise ValueError(
-                f"data.kind={self.data.kind} does not fit target.kind={self.target.kind}, "
-                f"which takes data.kind={data}"
-            )
+        takes = {f"target.kind={self.target.kind}": data_kind_of(self.target)}
+        metrics = self.eval.metrics.configured().keys() & DATA_OF.keys()
+        for part, kind in (takes | {f"eval.metrics.{n}": DATA_OF[n] for n in metrics}).items():
+            if kind not in (None, self.data.kind):
+                raise ValueError(
+                    f"data.kind={self.data.kind} does not fit {part}, which takes data.kind={kind}"
+                )
         dp, batch, micro = self.dp, self.train.batch_size, self.train.microbatch_size
         if batch % dp:
             raise ValueError(f"train.batch_size={batch} does not divide by dp={dp}")

@@ -7,6 +7,13 @@ from pydantic import Field, model_validator
 from spd_core.base_config import BaseConfig, Count, CustomConfig, Fraction
 from spd_core.config.losses import LossConfig, LossNames, PGDMultibatchConfig, When
 
+DATA_OF = {  # metrics that are measured on one kind of data only
+    "ce_and_kl": "text",
+    "stochastic_recon_subset_ce_and_kl": "text",
+    "identity_ci_error": "sparse_features",
+    "permuted_ci_plots": "sparse_features",
+}
+
 
 class MetricConfig(BaseConfig):
     when: When = Field(description="fast, slow, or every so many steps")
@@ -102,6 +109,5 @@ class MetricsConfig(LossNames):
     def _each_has_a_frequency(self) -> Self:
         for name, loss in self.configured().items():
             if isinstance(loss, LossConfig) and (loss.when is None or loss.coeff is not None):
-                needs = f"{name} needs a `when`, and no coeff"
-                raise ValueError(f"{needs}: eval.metrics.{name}.when=slow")
+                raise ValueError(f"{name} needs a `when`, no coeff: eval.metrics.{name}.when=slow")
         return self

@@ -26,18 +26,17 @@ def power_sums(batch: Batch, p: float) -> Float[Tensor, "C_total_and_n"]:
     """Sums over positions of (upper_leaky + eps)^p, then the number of positions.
 
     The number goes along because ranks may hold unequal counts. A module that runs at fewer
-    positions than the first (position embeddings run once per batch) counts as if at all.
+    positions than the first (a pooler has one per example) counts as if at all.
     """
     sums, n_times = [], None if batch.place is None else batch.place.bincount()
     for module_ci in batch.distinct_ci.values():
-        upper = module_ci.upper.flatten(0, -2)
-        n_own, of_each = len(upper), upper.new_ones(len(upper))
+        upper, n_each = module_ci.upper.flatten(0, -2), module_ci.upper[0, ..., 0].numel()
+        of_each = upper.new_ones(len(upper))
         if n_times is not None:
-            n_own = n_own // len(n_times) * len(batch.examples)
-            of_each = n_times.repeat_interleave(len(upper) // len(n_times)).to(upper.dtype)
+            of_each = n_times.to(upper.dtype).repeat_interleave(n_each)
         if native.is_native(upper):
             own = native.power_sums(upper, p, EPS, of_each)
         else:
             own = of_each @ (upper + EPS) ** p
-        sums.append(own * (batch.n_positions / n_own))
+        sums.append(own * (batch.n_positions / (n_each * len(batch.examples))))
     return torch.cat([*sums, sums[0].new_tensor([float(batch.n_positions)])])

@@ -65,10 +65,7 @@ def _start(
         positions = (1,) * len(positions)
     widths = {n: c.C + model.config.delta_component for n, c in model.components.items()}
     random = {name: stream.uniform(*positions, width) for name, width in widths.items()}
-    match search.init:
-        case "random":
-            return random
-        case "ones":
-            return {name: torch.ones_like(source) for name, source in random.items()}
-        case "zeroes":
-            return {name: torch.zeros_like(source) for name, source in random.items()}
+    if search.init == "random":
+        return random
+    value = {"ones": 1.0, "zeroes": 0.0}[search.init]
+    return {name: torch.full_like(source, value) for name, source in random.items()}

@@ -21,7 +21,7 @@ def l0_sums(ci: dict[str, CausalImportance], config: CiL0Config) -> dict[str, Fl
     """(active subcomponents, positions) of every module and group; the key has the threshold."""
     counts = component_sums(ci, config.threshold)
     n_positions = next(iter(counts.values()))[-1]
-    # Another module than the first may run at fewer positions, as position embeddings do.
+    # Another module than the first may run at fewer positions, as a pooler does.
     active = {name: c[:-1].sum() * (n_positions / c[-1]) for name, c in counts.items()}
     for group, patterns in config.groups.items():
         active[group] = torch.stack([active[n] for n in matching(list(ci), patterns)]).sum()
@@ -73,7 +73,7 @@ def observe_alive(
     ago: PositionsAgo, ci: dict[str, CausalImportance], config: AliveComponentsConfig, dist: Dist
 ) -> None:
     """Take note of one batch of this rank, while the others have one of the same size."""
-    # Of the first module: another may run at fewer positions, as position embeddings do.
+    # Of the first module: another may run at fewer positions, as a pooler does.
     n_positions = next(iter(ci.values())).lower[..., 0].numel() * dist.world_size
     for name, module_ci in ci.items():
         important = (module_ci.lower > config.threshold).flatten(0, -2).any(0)

@@ -44,13 +44,9 @@ def identity_ci_error(
     """
     match pattern:
         case IdentityPattern(n=n):
-            features, C = ci.shape
-            if features != n:
-                problem = f"identity of n={n}, but the target has {features} features"
-                raise ValueError(f"eval.metrics.identity_ci_error: {problem}")
             # With fewer subcomponents than features, the missing ones count as never active.
-            permuted = permute_to_identity(F.pad(ci, (0, max(n - C, 0))))
-            wanted = torch.eye(n, max(n, C), device=ci.device)
+            permuted = permute_to_identity(F.pad(ci, (0, max(n - ci.shape[1], 0))))
+            wanted = torch.eye(*permuted.shape, device=ci.device)
             return int(((permuted - wanted).abs() > tolerance).sum())
         case DensePattern(k=k):
             return abs(int((ci > tolerance).any(0).sum()) - k)

@@ -60,7 +60,7 @@ class Transformer(nn.Module):
             )
         x = self.wte(tokens)
         if self.wpe is not None:
-            x = x + self.wpe(torch.arange(seq, device=tokens.device))
+            x = x + self.wpe(torch.arange(seq, device=tokens.device)[None])
         for block in self.h:
             x = block(x)
         return self.lm_head(self.norm_f(x))

@@ -483,6 +483,8 @@ REFUSED = {
     "more than once": Calls(lambda part, x: part(part(x))),
     "is never called": Calls(lambda part, x: F.linear(x, part.weight)),
     "changed in place": Calls(changes_input),
+    "an input of 6 rows for 2 examples": Calls(lambda part, x: part(x.repeat(3, 1))[:2]),
+    "an input of 4 rows for 2 examples": Calls(lambda part, x: x + part(x[0])),
 }
 
 

@@ -8,12 +8,12 @@ from queue import Empty
 
 import pytest
 import torch
-from test_step import EVERY_LOSS, LIVELY, ON, OTHER_SCOPES
+from test_step import EVERY_LOSS, LIVELY, ON, OTHER_SCOPES, Positioned
 
 from spd_core import distributed
 from spd_core.checkpoint import newest_valid_checkpoint
 from spd_core.component_model import ComponentModel
-from spd_core.data.batches import Decomposition, make_batch
+from spd_core.data.batches import Decomposition, draw_examples, make_batch
 from spd_core.distributed import Dist
 from spd_core.evaluate import due_metrics, evaluate
 from spd_core.losses import prepare_step
@@ -32,6 +32,12 @@ CONFIGS = {
     "microbatches": ("train.microbatch_size=4", *OTHER_SCOPES),
     "binomial": ("decompose.sampling=binomial", "decompose.delta_component=false"),
     "kl": ("decompose.distance=kl", "decompose.ci_fn.kind=shared_mlp"),
+    "tokens": (
+        "decompose.tied=[]",
+        *("~decompose.modules.linear1", "~decompose.modules.linear2"),
+        "+decompose.modules={tokens:4,positions:4,head:4}",
+        *(f"eval.metrics.{name}=null" for name in ("identity_ci_error", "mmcs_ml2r")),
+    ),
 }
 
 
@@ -50,7 +56,16 @@ class Uneven(StepRandomness):
         return range(self.part, self.batch_size if last else self.part + 1)
 
 
+def draw(config, data, randomness, purpose):
+    if "tokens" in config.decompose.modules:
+        return randomness.batch_stream(purpose).integers(0, 9, 5)
+    return draw_examples(config, data, randomness, purpose)
+
+
 def fresh_model(config):
+    if "tokens" in config.decompose.modules:
+        torch.manual_seed(0)
+        return ComponentModel(Positioned(), config.decompose, config.seed)
     target = TMS(config.target, stream(1, "test", device=CPU))
     return ComponentModel(target, config.decompose, config.seed)
 
@@ -61,6 +76,12 @@ def gradients_of(model):
 
 def one_step(config, dist):
     """Losses, gradients and metrics of one step, from the same weights in every process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spd_core.data.batches.draw_examples", draw)
+        return one_step_of_drawn(config, dist)
+
+
+def one_step_of_drawn(config, dist):
     model = fresh_model(config)
     optimizer = build_optimizer(config, model)
     d = Decomposition(config, model, dist, None)

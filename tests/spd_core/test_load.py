@@ -62,7 +62,9 @@ def test_what_is_no_reference_is_refused_with_the_forms_that_are(reference, tmp_
 WANDB_FORMS = [
     "team/toy/a_run", "team/toy/runs/a_run", "wandb:team/toy/a_run", "wandb:team/toy/runs/a_run",
     "https://wandb.ai/team/toy/runs/a_run", "https://wandb.ai/team/toy/runs/a_run/overview",
-    "https://wandb.ai/team/toy/runs/a_run?nw=abc",
+    "https://wandb.ai/team/toy/runs/a_run?nw=abc", "https://wandb.ai/team/toy/runs/a_run/logs",
+    "https://wandb.ai/team/toy/runs/a_run/workspace?nw=abc", "team/toy/a_run/",
+    "https://wandb.ai/team/toy/runs/a_run/files/runs/a_run", "wandb:http://w:80/team/toy/runs/a_run",
 ]  # fmt: skip
 
 

@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
+from test_text import make as text
 from torch import nn
 
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel
+from spd_core.config import RunConfig
 from spd_core.config.metrics import ModuleSet
 from spd_core.data.batches import Batch, Decomposition
 from spd_core.evaluate import check_metrics, evaluate
 from spd_core.metrics import means
 from spd_core.metrics.outputs import ce_and_kl_sums, subset_ce_and_kl_sums
-from spd_core.randomness import StepRandomness, stream
-from spd_core.targets.induction import InductionTransformer
+from spd_core.randomness import StepRandomness
 from spd_launch.compose import compose
+from spd_launch.errors import LaunchError
 from spd_launch.validate import validate
 
 CPU = torch.device("cpu")
@@ -202,18 +204,27 @@ def test_where_zero_masks_lose_nothing_no_fraction_is_made_up(language_model):
     assert values["ce_difference/ci_masked"] == 0 and np.isnan(values["ce_unrecovered/ci_masked"])
 
 
-CE = "+eval.metrics.ce_and_kl={when:fast,rounding_threshold:0.5}"
+CE = {"ce_and_kl": {"when": "fast", "rounding_threshold": 0.5}}
 
 
 def subsets(name, include):
-    of_one = f"{{{name}:{{include:['{include}'],exclude:[]}}}}"
-    return f"+eval.metrics.stochastic_recon_subset_ce_and_kl={{when:fast,subsets:{of_one}}}"
+    of_one = {name: {"include": [include], "exclude": []}}
+    return {"stochastic_recon_subset_ce_and_kl": {"when": "fast", "subsets": of_one}}
+
+
+def of_text(config, *metrics):
+    """The config with these metrics only, and text for a target that takes any data."""
+    values = config.model_dump(mode="json")
+    custom = {"kind": "custom", "class_path": "torch.nn.Linear", "pretrained": None}
+    values["target"] = custom | {"n_features": None, "output": None}
+    values["data"] = text().model_dump(mode="json")
+    values["eval"]["metrics"] = {name: o for of_one in metrics for name, o in of_one.items()}
+    return RunConfig.model_validate(values)
 
 
 def test_an_evaluation_of_a_language_model(make_config, one_process, tmp_path, monkeypatch):
     """Exact components: with all of them the model is the target, with none it is not."""
-    off = [f"eval.metrics.{m}=null" for m in ("identity_ci_error", "mmcs_ml2r", "losses")]
-    config = make_config(CE, subsets("head", "head"), *off)
+    config = of_text(make_config(), CE, subsets("head", "head"))
     update = {"modules": {"mix": 4, "head": 5}, "tied": []}
     model = ComponentModel(TinyLM(), config.decompose.model_copy(update=update), 0)
     for c in model.components.values():
@@ -239,23 +250,23 @@ def test_an_evaluation_of_a_language_model(make_config, one_process, tmp_path, m
     assert got["eval/ce_and_kl/kl/zero_masked"] > 1e-3
 
 
-@pytest.mark.parametrize("override, message", [
-    (CE, "ce_and_kl needs a language model"),
-    (subsets("a", "*"), "subset_ce_and_kl needs a language model"),
+@pytest.mark.parametrize("metric, message", [
     (subsets("a", "attn*"), "subsets.a holds no module; decomposed are linear1, linear2"),
     (subsets("target", "*"), "subsets.target is a name that is taken"),
     (subsets("zero_masked", "*"), "subsets.zero_masked is a name that is taken"),
 ])  # fmt: skip
-def test_what_cannot_be_measured_is_refused(override, message, make_config, tms_model):
+def test_sets_of_modules_that_do_not_fit_are_refused(metric, message, make_config, tms_model):
     with pytest.raises(ValueError, match=message):
-        check_metrics(make_config(override), tms_model())
+        check_metrics(of_text(make_config(), metric), tms_model())
 
 
-def test_the_induction_target_predicts_one_token_only():
-    arguments = ["+experiment=ih", "cluster=local", "data.vocab_size=10", "data.seq_len=12",
-                 "target.n_heads=2", CE]  # fmt: skip
-    config = validate(compose(arguments, multirun=False)[0].values)
-    target = InductionTransformer(config.target, config.data, stream(0, "test", device=CPU))
-    model = ComponentModel(target, config.decompose, config.seed)
-    with pytest.raises(ValueError, match="the induction target does not"):
-        check_metrics(config, model)
+@pytest.mark.parametrize("experiment", ["tms_5-2", "ih"])
+@pytest.mark.parametrize("metric", [
+    "ce_and_kl={when:fast,rounding_threshold:0.5}",
+    "stochastic_recon_subset_ce_and_kl={when:fast,subsets:{a:{include:['*'],exclude:[]}}}",
+])  # fmt: skip
+def test_what_needs_a_language_model_is_refused_before_anything_is_sent(metric, experiment):
+    name = metric.split("=")[0]
+    arguments = [f"+experiment={experiment}", "cluster=local", f"+eval.metrics.{metric}"]
+    with pytest.raises(LaunchError, match=rf"metrics\.{name}, which takes data\.kind=text"):
+        validate(compose(arguments, multirun=False)[0].values)

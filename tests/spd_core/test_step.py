@@ -3,7 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from spd_core.component_model import ComponentModel
 from spd_core.config.losses import LossesConfig
 from spd_core.data import batches as batches_module
 from spd_core.data.batches import Batch, Decomposition, training_batches
@@ -120,6 +122,37 @@ def test_microbatches_of_sequences_change_nothing(
         losses_and_gradients(in_parts_of(size, config), model, one_process) for size in (None, 2, 8)
     ]
     (wanted, wanted_gradients), *others = results
+    for losses, gradients in others:
+        assert_same(losses, wanted, atol=1e-6, rtol=1e-5)
+        assert_same(gradients, wanted_gradients, atol=1e-6, rtol=1e-5)
+
+
+class Positioned(nn.Module):
+    """Position embeddings run once, for all examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(9, 4), nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        at = self.positions(torch.arange(tokens.shape[1])[None])
+        return self.head(torch.tanh(self.tokens(tokens) + at))
+
+
+@pytest.mark.parametrize("sampling", ["continuous", "binomial"])
+def test_microbatches_change_nothing_of_position_embeddings(
+    sampling, make_config, one_process, monkeypatch
+):
+    monkeypatch.setattr(
+        batches_module, "draw_examples", lambda _c, _d, r, p: r.batch_stream(p).integers(0, 9, 5)
+    )
+    config = make_config(*ON, *LIVELY, f"decompose.sampling={sampling}")
+    update = {"modules": {"*": 4}, "tied": []}
+    model = ComponentModel(Positioned(), config.decompose.model_copy(update=update), 0)
+    (wanted, wanted_gradients), *others = (
+        losses_and_gradients(in_parts_of(size, config), model, one_process) for size in (None, 2, 8)
+    )
     for losses, gradients in others:
         assert_same(losses, wanted, atol=1e-6, rtol=1e-5)
         assert_same(gradients, wanted_gradients, atol=1e-6, rtol=1e-5)

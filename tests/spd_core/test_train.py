@@ -89,6 +89,25 @@ def test_a_run_from_start_to_end(start, make_config):
     assert [r["step"] for r in records if "eval/mmcs/linear1" in r] == [3, 6]
 
 
+def test_a_line_of_metrics_holds_all_of_its_step(start, make_config):
+    schedule = "{kind:linear,start:1.0,end:0.5,warmup_fraction:0.0}"
+    config = make_config(f"losses.stochastic_recon.coeff={schedule}", "track.log_every=2")
+    records = read_metrics(start("a", config)[0])
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 6]  # the third for its evaluation
+    losses = {f"loss/{name}" for name in ("total", *config.losses.configured())}
+    threshold = config.eval.metrics.ci_l0.threshold
+    of_step = losses | {f"ci_l0_{threshold}/{name}" for name in ("linear1", "linear2")}
+    of_step |= {f"grad_norm_before_clip/{group}" for group in ("components", "ci_fns")}
+    of_step |= {"schedule/lr", "schedule/coeff/stochastic_recon"}
+    of_step |= {"schedule/p/importance_minimality", "examples_per_s", "checkpoint_cost_s"}
+    for record in records:
+        evaluated = {key for key in record if key.startswith("eval")}
+        expected = set() if record["step"] == 3 else of_step
+        assert record.keys() - evaluated == expected | {"step", "time"}
+        assert bool(evaluated) == (record["step"] in (3, 6))
+    assert {"eval_cost/seconds/total", "eval_cost/steps/total"} <= records[-1].keys()
+
+
 def test_the_total_is_the_weighted_sum_and_lr_follows_the_schedule(start, make_config):
     lr = "{kind:linear,start:1e-2,end:2e-3,warmup_fraction:0.0}"
     run_dir, _ = start("a", make_config("losses.stochastic_recon.coeff=0.25", f"train.lr={lr}"))
@@ -463,8 +482,9 @@ def test_a_wrong_module_of_a_metric_is_an_error_before_training(start, make_conf
 
 def test_a_wrong_size_of_the_known_solution_is_a_users_error(start, make_config):
     override = "eval.metrics.identity_ci_error.modules.linear1.n=4"
-    with pytest.raises(ValueError, match="4"):
-        start("wrong", make_config(override))
+    with pytest.raises(ValueError, match=r"error\.modules\.linear1\.n=4 of 5 features"):
+        start("wrong", make_config(override, "eval.metrics.identity_ci_error.when=slow"))
+    assert read_metrics(start.folders["wrong"]) == []
 
 
 @pytest.fixture
