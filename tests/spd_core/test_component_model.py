@@ -137,6 +137,28 @@ def test_routes_choose_per_position_of_a_sequence(model):
         np.testing.assert_allclose(out[place], wanted, atol=1e-5)
 
 
+def test_position_embeddings_run_once_and_are_routed_for_every_example(decompose):
+    """What they give one example where they are masked, others do not see."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wpe, self.head = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x + self.wpe(torch.arange(5)[None]))
+
+    model, x = decompose(random_weights(Positions()), {"wpe": 6}), torch.randn(2, 5, 4)
+    route = torch.tensor([[True, False, True, False, False], [False, False, True, True, False]])
+    rows = Rows.of(route, x.device)
+    mask = torch.rand(2, 5, 6)
+    info = MaskInfo(mask.flatten(0, 1)[rows.index], None, rows)
+    out, c, target = model.run_masked(x, {"wpe": info}), model.components["wpe"], model.target
+    masked = (c.V * mask) @ c.U
+    wanted = target.head(x + torch.where(route[..., None], masked, target.wpe.weight))
+    torch.testing.assert_close(out, wanted)
+
+
 def test_a_cache_holds_what_every_module_sees_in_the_masked_pass(model):
     x, info, cache = torch.randn(7, 4), MaskInfo(torch.rand(7, 5), torch.rand(7), None), Cache()
     out = model.run_masked(x, {"mlp.2": info}, cache)

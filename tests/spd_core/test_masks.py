@@ -190,3 +190,11 @@ def test_ranks_draw_different_routes_that_are_together_those_of_one_process(rout
     assert [r.shape[1] for r in ranks] == [13, 13, 14]
     assert not torch.equal(ranks[0], ranks[1])
     assert torch.equal(torch.cat(ranks, 1), drawn(40, 0, 1))
+
+
+def test_a_module_at_other_positions_than_the_first_is_refused_by_name():
+    batch = batch_of(["a", "b"], torch.rand(3, 3, 2))
+    alone = torch.rand(3, 2)
+    batch.distinct_ci["b"] = CausalImportance(alone, alone, alone)
+    with pytest.raises(ValueError, match=r"'b' runs at positions \(3,\), .* \(3, 3\)"):
+        draw_routes(batch, UNIFORM_K, "route")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.special import erf
 
 from spd_core.data.batches import Decomposition, training_batches
-from spd_core.native import leaky_hard, library, scalar_mlps
+from spd_core.native import leaky_hard, library, power_sums, scalar_mlps
 from spd_core.step import accumulate_gradients
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
@@ -138,3 +138,19 @@ def test_where_nothing_can_be_written_the_run_ends():
     code = limited + "from spd_core import native; native.library()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "OSError: [Errno 27] File too large" in done.stderr
+
+
+@given(st.integers(1, 90), st.integers(1, 600), st.floats(0.1, 3), st.sampled_from([0.0, 0.5]))
+def test_power_sums_and_gradients_are_those_of_the_formula(C, n, p, share_of_zeros):
+    """Also at 0, where the powers of eps are far from those of the next number."""
+    x = torch.rand(n, C) * 1.2 * (torch.rand(n, C) >= share_of_zeros)
+    x.requires_grad_()
+    times, g, eps = torch.randint(1, 5, (n,)).float(), torch.randn(C), 1e-12
+    got = power_sums(x, p, eps, times)
+    got.backward(g)
+    # float32 is what the sum x + eps is made in
+    shifted = (x.detach() + eps).double().numpy()
+    wanted = times.double().numpy() @ shifted**p
+    np.testing.assert_allclose(got.detach(), wanted, rtol=3e-6)
+    gradient = times[:, None].numpy() * p * shifted ** (p - 1) * g.numpy()
+    np.testing.assert_allclose(x.grad, gradient, rtol=3e-6)
