@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.step import composed, with_random_target
 from benchmarks.table import CASES, RESULTS
 from spd_core import distributed
+from spd_core.component_model import ROUND
 from spd_core.config import CiFnConfig, RunConfig
 from spd_core.config.losses import PGDReconConfig
 from spd_core.data.batches import Decomposition
@@ -80,7 +81,9 @@ class Sizes:
 
 
 def sizes_of(d: Decomposition) -> Sizes:
-    """Of an experiment on residual MLPs or a Llama, with reconstruction losses of one pass each."""
+    """Of an experiment on residual MLPs or a Llama, whose reconstruction losses take one pass each,
+    in which a position's modules are a uniform k-subset.
+    """
     config, target = d.config, d.config.target
     shapes = [(*c.weight.shape, c.C) for c in d.model.components.values()]
     modules = tuple((d_in, d_out, C) for d_out, d_in, C in shapes)
@@ -120,6 +123,15 @@ def bytes_of_collectives(sizes: Sizes) -> list[int]:
     ]  # fmt: skip
 
 
+def rows_of_pass(sizes: Sizes, tokens: float) -> float:
+    """Positions at which a module runs on its subcomponents: k of m modules, for k from 1 to m.
+
+    They are filled up to a multiple of ROUND.
+    """
+    m = len(sizes.modules)
+    return tokens * (m + 1) / (2 * m) + ROUND / 2
+
+
 def flops_of_step(sizes: Sizes, tokens: float) -> float:
     """Of the products of matrices on a rank with so many tokens, forward and backward.
 
@@ -132,20 +144,22 @@ def flops_of_step(sizes: Sizes, tokens: float) -> float:
     first = sum(C * d_in for d_in, _, C in sizes.modules[: sizes.n_first])
     in_passes = sizes.n_in_components - first
     importances = sum(4 * d_in * h + 6 * h * C for d_in, _, C in sizes.modules)
-    passes = sizes.n_passes * (target + 6 * in_passes) + 4 * first
-    searches = sizes.n_searches * (target + 4 * in_passes)
+    n = sizes.n_passes + sizes.n_searches
+    masked = rows_of_pass(sizes, tokens) * (6 * sizes.n_passes + 4 * sizes.n_searches) * in_passes
     faithfulness = sizes.n_faithfulness * sum(6 * C * i * o for i, o, C in sizes.modules)
-    return tokens * (sizes.target_flops + importances + passes + searches) + faithfulness
+    return (
+        tokens * (sizes.target_flops + importances + n * target + 4 * first) + masked + faithfulness
+    )
 
 
 def bytes_in_memory(sizes: Sizes, tokens: float, width: int) -> float:
-    """Read or written: arrays of tokens x C of `width` bytes a number, and what AdamW does.
+    """Read or written: arrays of rows x C of `width` bytes a number, and what AdamW does.
 
     AdamW reads four float32 numbers for each weight and writes three; gradients are flattened for
     their collective and taken apart again. An estimate: nothing here counts it.
     """
     n_wide = N_WIDE * (sizes.n_passes + sizes.n_searches)
-    return width * n_wide * tokens * sizes.C + 4 * (7 + 4) * sizes.n_trained
+    return width * n_wide * rows_of_pass(sizes, tokens) * sizes.C + 4 * (7 + 4) * sizes.n_trained
 
 
 def seconds_of_collectives(sizes: Sizes, dp: int) -> float:

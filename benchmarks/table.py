@@ -1,9 +1,9 @@
-"""The step of several experiments: naive, eager and as it runs, against the stored last result.
+"""The step of several experiments: naive, eager, and as it runs, against the stored last result.
 
     python -m benchmarks.table [--steps N] [--threads N] [--only EXPERIMENT ...]
 
-Each of the three is a process of its own, and they take turns of one step. `eager` is the core
-without its compiled loops. Writes
+Each way is a process of its own, and they take turns of one step. `eager` is the core without its
+compiled loops, `best` as it runs, and `bf16` that with train.autocast=bf16. Writes
 benchmarks/results/step-N-threads.json, which the next call with as many threads compares with.
 """
 
@@ -31,8 +31,8 @@ from spd_core.step import optimisation_step
 from spd_core.train import build_optimizer
 from spd_launch.task import MALLOC
 
-How = Literal["naive", "eager", "best"]
-HOW: tuple[How, ...] = ("naive", "eager", "best")
+How = Literal["naive", "eager", "best", "bf16"]
+HOW: tuple[How, ...] = ("naive", "eager", "best", "bf16")
 CASES = {
     "tms_5-2": [],
     "tms_40-10": [],
@@ -97,7 +97,8 @@ def serve(line: Connection, experiment: str, how: How, n_threads: int) -> None:
 
 
 def make_step(experiment: str, how: How) -> Callable[[int], object]:
-    config, data = composed(experiment, CASES[experiment])
+    precision = ["train.autocast=bf16"] if how == "bf16" else []
+    config, data = composed(experiment, [*CASES[experiment], *precision])
     d = with_random_target(config, data, Dist(0, 1, torch.device("cpu")))
     if how == "naive":
         naive = torch.optim.AdamW(d.model.parameters(), weight_decay=0.0)
