@@ -106,8 +106,9 @@ def obstacle(accounting: bool = True) -> str | None:
     if missing := [name for name in packages if shutil.which(name, path=PATH) is None]:
         wanted = " ".join(packages[name] for name in missing)
         return f"missing {', '.join(missing)}; run: apt-get install -y {wanted}"
-    if SYSTEM_CONF.exists() and SYSTEM_CONF.resolve() != FIRST / CONF.name:
-        return f"{SYSTEM_CONF} is that of another Slurm ({SYSTEM_CONF.resolve()})"
+    found = SYSTEM_CONF.resolve()  # a link that the first cluster's process makes or removes now
+    if found != FIRST / CONF.name and found.is_file() and not found.is_symlink():
+        return f"{SYSTEM_CONF} is that of another Slurm ({found})"
     if STATE.is_dir() and any(STATE.iterdir()) and not MARK.exists():
         return f"{STATE} holds something else; name another folder in SPD_SLURM_DIR"
     return None
