@@ -251,7 +251,9 @@ def start_munge() -> None:
 
 
 def start_accounting() -> None:
+    (STATE / "database-tmp").mkdir()  # in /tmp they would remove each other's temporary tables
     data = ["--no-defaults", "--user=root", f"--datadir={STATE}/database"]
+    data += [f"--tmpdir={STATE}/database-tmp"]
     run("mariadb-install-db", *data, "--skip-test-db", "--auth-root-authentication-method=normal")
     files = [f"--socket={STATE}/database.socket", f"--pid-file={STATE}/database.pid"]
     quick = ["--skip-grant-tables", "--innodb-flush-log-at-trx-commit=0"]
