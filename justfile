@@ -27,15 +27,15 @@ demo *overrides: install
 test: install
     # Real processes and jobs share the cores with other tests: who runs out of time has a second try, which is shown.
     {{bin}}/python -m pytest -n 2 --reruns 1 -m "not cluster"
-    {{bin}}/python -m pytest --reruns 1 -m cluster
+    {{bin}}/python -m pytest -n 3 --dist worksteal --reruns 1 tests/cluster
 
 # The tests that take seconds
 test-fast *args: install
     {{bin}}/python -m pytest -n 2 -m "not slow and not cluster" "$@"
 
-# The tests on a real four-node Slurm cluster on this machine
+# The tests on real four-node Slurm clusters on this machine: one each for three processes, which mostly wait
 test-cluster *args: install
-    {{bin}}/python -m pytest -m cluster "$@"
+    {{bin}}/python -m pytest -n 3 --dist worksteal -m cluster "$@"
 
 # Break small runs in every way, continue them and compare: --faults 200, --where cluster, ...
 chaos *args: install

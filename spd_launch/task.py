@@ -36,7 +36,7 @@ from spd_launch.errors import LaunchError, exit_with
 from spd_launch.ledger import LaunchDir, mark, mark_failed, n_steps, read_info, read_task
 from spd_launch.pack import CANCELLED, not_for_this_job, owner_file, speaks_for_all
 from spd_launch.ports import Meeting, await_meeting, free_port, publish
-from spd_launch.preflight import check_code, check_node, drop_half_result
+from spd_launch.preflight import check_code, check_node, drop_half_result, load_torch
 from spd_launch.progress import Heartbeat, StepBar
 from spd_launch.run_record import (
     n_time_limits,
@@ -240,6 +240,7 @@ def _end_with_launcher(cluster: ClusterConfig) -> None:
 
 
 def _train(config: JobConfig, run_dir: RunDir, place: Place, stop: Stop, commit: str | None) -> str:
+    load_torch()
     from spd_core import distributed
     from spd_launch.peers import watching
 

@@ -19,7 +19,7 @@ from spd_launch.observe import observe
 
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))
 import slurm_cluster
-from slurm_cluster import wait_for
+from slurm_cluster import CTL, wait_for
 
 CONTROLLER_S = 180
 USUAL_PACE_S, SLOW_PACE_S = "0.5", "6"
@@ -161,7 +161,7 @@ def lose_slurmd(scene: Scene) -> None:
 
 def cut_network(scene: Scene) -> None:
     node = scene.shown("BatchHost")
-    link = ["ip", "-n", slurm_cluster.namespace("ctl"), "link", "set", node]
+    link = ["ip", "-n", slurm_cluster.namespace(CTL), "link", "set", node]
     subprocess.run([*link, "down"], check=True)
     scene.undo.append(lambda: _reconnect(node))
     _wait_until_lost(scene, node)
@@ -173,7 +173,7 @@ def _reconnect(node: str) -> None:
         if name == "srun":
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    link = ["ip", "-n", slurm_cluster.namespace("ctl"), "link", "set", node]
+    link = ["ip", "-n", slurm_cluster.namespace(CTL), "link", "set", node]
     subprocess.run([*link, "up"], check=True)
 
 
@@ -194,14 +194,14 @@ def _wait_until_lost(scene: Scene, node: str) -> None:
 
 def controller_down(scene: Scene) -> None:
     """It dies before the time limit's warning, and is away while the run wants to be requeued."""
-    for pid, name in slurm_cluster.running("ctl").items():
+    for pid, name in slurm_cluster.running(CTL).items():
         if name == "slurmctld":
             os.kill(pid, signal.SIGKILL)
     for pid in scene.ranks():
         os.kill(pid, signal.SIGUSR2)
     time.sleep(5 + 10 * scene.random.random())
-    slurm_cluster.start("ctl", "slurmctld", "-D")
-    wait_for(lambda: slurm_cluster.listens("ctl", 6817), CONTROLLER_S, "slurmctld")
+    slurm_cluster.start(CTL, "slurmctld", "-D")
+    wait_for(lambda: slurm_cluster.listens(CTL, 6817), CONTROLLER_S, "slurmctld")
 
 
 class UnnoticedError(Exception):

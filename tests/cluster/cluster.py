@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from slurm_cluster import wait_for
+from slurm_cluster import CTL, wait_for
 
 from spd_launch.ledger import LaunchDir
 from spd_launch.plan import Task
@@ -85,17 +85,17 @@ class Cluster:
 
     def controller(self) -> int:
         """Its process id."""
-        [found] = [p for p, name in slurm_cluster.running("ctl").items() if name == "slurmctld"]
+        [found] = [p for p, name in slurm_cluster.running(CTL).items() if name == "slurmctld"]
         return found
 
     def stop_controller(self) -> None:
         """By SIGTERM: killed, it forgets what came to its ears in the last five seconds."""
         pid = self.controller()
         os.kill(pid, signal.SIGTERM)
-        wait_for(lambda: pid not in slurm_cluster.running("ctl"), 180, "the controller to end")
+        wait_for(lambda: pid not in slurm_cluster.running(CTL), 180, "the controller to end")
 
     def start_controller(self) -> None:
-        slurm_cluster.start("ctl", "slurmctld", "-D")
+        slurm_cluster.start(CTL, "slurmctld", "-D")
         wait_for(lambda: len(slurm_cluster.node_states()) == 4, 180, "the controller")
 
     def impatient(self) -> str:

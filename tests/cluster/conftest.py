@@ -23,7 +23,7 @@ from spd_launch.plan import Task
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SESSION_LOCK = Path("/run/spd-slurm-session.lock")
+SESSION_LOCK = Path(f"/run/{slurm_cluster.LOGIN_LINK}-session.lock")
 UP_S = 600
 
 
@@ -47,7 +47,7 @@ def slurm() -> Iterator[Cluster]:
             pytest.fail(reason)
         pytest.skip(reason)
     keep = os.environ.get("SPD_KEEP_CLUSTER") == "1"
-    # There is one cluster per machine: parallel test processes take turns.
+    # Test processes that would share a cluster take turns: those of two sessions.
     with SESSION_LOCK.open("w") as lock, pytest.MonkeyPatch.context() as patch:
         fcntl.flock(lock, fcntl.LOCK_EX)
         patch.setenv("SLURM_CONF", str(slurm_cluster.CONF))

@@ -5,9 +5,13 @@ jobs really cross hosts; all of them see the same files. The controller, munge a
 database live in a fifth namespace, spd-ctl, which also holds the bridge. Nothing is touched outside
 the state folder but marked lines in /etc/hosts and the link /etc/slurm/slurm.conf. Needs root.
 
+Each test process of pytest-xdist has a cluster of its own: that of gw1 is spd-node5 .. spd-node8,
+with spd-ctl1.
+
     python slurm_cluster.py up --max-array-size 10 --set KillOnBadExit=1
     ip -n spd-node2 link set eth0 down      # cuts node2 off until it is set up again
     ip netns pids spd-node2                 # its slurmd and everything its jobs run
+    PYTEST_XDIST_WORKER=gw1 python slurm_cluster.py down    # what a killed pytest -n 2 left
 """
 
 import argparse
@@ -25,20 +29,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-NODES = [f"node{n}" for n in range(1, 5)]
+NUMBER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+SUFFIX = str(NUMBER) if NUMBER else ""
+NODES = [f"node{4 * NUMBER + n}" for n in range(1, 5)]
 CPUS, GPUS, MEMORY_MB = 16, 8, 20000
-CTL, LOGIN = "10.77.0.254", "10.77.0.253"  # LOGIN: this machine, where sbatch and srun are typed
-ADDRESS = {node: f"10.77.0.{n}" for n, node in enumerate(NODES, start=1)} | {"ctl": CTL}
-LOGIN_LINK = "spd-slurm"
+CTL, NET = f"ctl{SUFFIX}", f"10.77.{NUMBER}"
+CTL_IP, LOGIN = f"{NET}.254", f"{NET}.253"  # LOGIN: this machine, where sbatch and srun are typed
+ADDRESS = {node: f"{NET}.{n}" for n, node in enumerate(NODES, start=1)} | {CTL: CTL_IP}
+LOGIN_LINK = f"spd-slurm{SUFFIX}"
 START_S, KILL_S = 120, 60  # of one daemon, on a machine that is busy with something else
 
-STATE = Path(os.environ.get("SPD_SLURM_DIR", "/var/tmp/spd-slurm")).resolve()
+FIRST = Path(os.environ.get("SPD_SLURM_DIR", "/var/tmp/spd-slurm")).resolve()
+STATE = FIRST.with_name(FIRST.name + SUFFIX)
 CONF = STATE / "slurm.conf"
 MARK = STATE / ".spd-slurm"  # says that the folder is ours to remove
 START_SOCKET = STATE / "munge.socket"
 SYSTEM_CONF = Path("/etc/slurm/slurm.conf")  # read by sbatch when SLURM_CONF is not set
-HOSTS, HOSTS_MARK = Path("/etc/hosts"), "# spd-slurm"
-LOCK = Path("/run/spd-slurm.lock")
+HOSTS, HOSTS_MARK = Path("/etc/hosts"), f"# {LOGIN_LINK}"
+LOCK = Path(f"/run/{LOGIN_LINK}.lock")
 
 # A login shell's PATH may lack the folders of daemons.
 PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/local/sbin:/usr/sbin:/sbin"
@@ -50,7 +58,7 @@ ACCOUNTING_PACKAGES = {"mariadbd": "mariadb-server", "slurmdbd": "slurmdbd"}
 MUNGE = f"AuthType=auth/munge AuthInfo=socket={START_SOCKET},cred_expire=10"
 # No cgroup plugin: those need more of the machine than a container gives.
 SETTINGS = f"""{MUNGE}
-    ClusterName=spd SlurmctldHost=ctl({CTL}) SlurmUser=root SlurmdUser=root
+    ClusterName=spd SlurmctldHost={CTL}({CTL_IP}) SlurmUser=root SlurmdUser=root
     ProctrackType=proctrack/linuxproc TaskPlugin=task/none JobAcctGatherType=jobacct_gather/linux
     SelectType=select/cons_tres SelectTypeParameters=CR_CPU GresTypes=gpu
     SlurmdParameters=config_overrides SlurmdTimeout=20 ReturnToService=2 KillWait=5 JobRequeue=1
@@ -59,11 +67,11 @@ SETTINGS = f"""{MUNGE}
     StateSaveLocation={STATE}/controller SlurmdSpoolDir={STATE}/spool-%n
     SlurmctldPidFile={STATE}/slurmctld.pid SlurmdPidFile={STATE}/slurmd-%n.pid
     SlurmctldLogFile={STATE}/slurmctld.log SlurmdLogFile={STATE}/slurmd-%n.log"""
-ACCOUNTING = f"""AccountingStorageType=accounting_storage/slurmdbd AccountingStorageHost={CTL}
+ACCOUNTING = f"""AccountingStorageType=accounting_storage/slurmdbd AccountingStorageHost={CTL_IP}
     AccountingStoragePass={START_SOCKET} AccountingStorageTRES=gres/gpu"""
 NO_ACCOUNTING = "AccountingStorageType=accounting_storage/none"
-SLURMDBD = f"""{MUNGE} SlurmUser=root DbdHost=ctl DbdAddr={CTL} PidFile={STATE}/slurmdbd.pid
-    StorageType=accounting_storage/mysql StorageHost={CTL} StorageUser=root"""
+SLURMDBD = f"""{MUNGE} SlurmUser=root DbdHost={CTL} DbdAddr={CTL_IP} PidFile={STATE}/slurmdbd.pid
+    StorageType=accounting_storage/mysql StorageHost={CTL_IP} StorageUser=root"""
 
 T = TypeVar("T")
 
@@ -98,8 +106,9 @@ def obstacle(accounting: bool = True) -> str | None:
     if missing := [name for name in packages if shutil.which(name, path=PATH) is None]:
         wanted = " ".join(packages[name] for name in missing)
         return f"missing {', '.join(missing)}; run: apt-get install -y {wanted}"
-    if SYSTEM_CONF.exists() and SYSTEM_CONF.resolve() != CONF:
-        return f"{SYSTEM_CONF} is that of another Slurm ({SYSTEM_CONF.resolve()})"
+    found = SYSTEM_CONF.resolve()  # a link that the first cluster's process makes or removes now
+    if found != FIRST / CONF.name and found.is_file() and not found.is_symlink():
+        return f"{SYSTEM_CONF} is that of another Slurm ({found})"
     if STATE.is_dir() and any(STATE.iterdir()) and not MARK.exists():
         return f"{STATE} holds something else; name another folder in SPD_SLURM_DIR"
     return None
@@ -126,9 +135,9 @@ def make_hosts() -> None:
     for host in ADDRESS:
         run("ip", "netns", "add", namespace(host))
         run("ip", "-n", namespace(host), "link", "set", "lo", "up")
-    ctl = namespace("ctl")
+    ctl = namespace(CTL)
     run("ip", "-n", ctl, "link", "add", "bridge", "type", "bridge")
-    run("ip", "-n", ctl, "addr", "add", f"{CTL}/24", "dev", "bridge")
+    run("ip", "-n", ctl, "addr", "add", f"{CTL_IP}/24", "dev", "bridge")
     run("ip", "-n", ctl, "link", "set", "bridge", "up")
     # The bridge is outside this machine's own namespace, where a firewall (Docker's) may block it.
     run("ip", "link", "add", LOGIN_LINK, "type", "veth", "peer", "name", "login", "netns", ctl)
@@ -141,11 +150,7 @@ def make_hosts() -> None:
         run("ip", "-n", ctl, "link", "set", node, "master", "bridge", "up")
         run("ip", "-n", namespace(node), "addr", "add", f"{ADDRESS[node]}/24", "dev", "eth0")
         run("ip", "-n", namespace(node), "link", "set", "eth0", "up")
-    with HOSTS.open("a+") as hosts:
-        hosts.seek(0)
-        if not hosts.read().endswith("\n"):
-            hosts.write("\n")
-        hosts.writelines(f"{ip} {host} {HOSTS_MARK}\n" for host, ip in ADDRESS.items())
+    name_hosts([f"{ip} {host} {HOSTS_MARK}" for host, ip in ADDRESS.items()])
 
 
 def remove_hosts() -> None:
@@ -154,10 +159,21 @@ def remove_hosts() -> None:
             run("ip", "netns", "del", namespace(host))
     # The kernel removes a namespace's links later, and until then their names are taken.
     run("ip", "link", "del", LOGIN_LINK, check=False)
-    lines = HOSTS.read_text().splitlines(keepends=True)
-    if any(HOSTS_MARK in line for line in lines):
-        # Written in place: inside a container the file is a mount and cannot be replaced.
-        HOSTS.write_text("".join(line for line in lines if HOSTS_MARK not in line))
+    name_hosts([])
+
+
+def name_hosts(lines: list[str]) -> None:
+    """Put these in place of this cluster's lines in /etc/hosts, which other clusters may change.
+
+    Never emptied on the way, as their jobs look hosts up there; and written in place: inside a
+    container the file is a mount and cannot be replaced.
+    """
+    with HOSTS.open("r+") as hosts:
+        fcntl.flock(hosts, fcntl.LOCK_EX)
+        kept = [line for line in hosts.read().splitlines() if not line.endswith(HOSTS_MARK)]
+        hosts.seek(0)
+        hosts.writelines(f"{line}\n" for line in kept + lines)
+        hosts.truncate()
 
 
 def start(host: str, *command: str | Path) -> None:
@@ -213,9 +229,10 @@ def write_state(conf: str) -> None:
     for name, content in secrets.items():
         (STATE / name).touch(mode=0o600)
         (STATE / name).write_bytes(content)
-    SYSTEM_CONF.parent.mkdir(parents=True, exist_ok=True)
-    SYSTEM_CONF.unlink(missing_ok=True)
-    SYSTEM_CONF.symlink_to(CONF)
+    if STATE == FIRST:
+        SYSTEM_CONF.parent.mkdir(parents=True, exist_ok=True)
+        SYSTEM_CONF.unlink(missing_ok=True)
+        SYSTEM_CONF.symlink_to(CONF)
 
 
 # ---- daemons
@@ -229,19 +246,21 @@ def listens(host: str, port: int) -> bool:
 
 def start_munge() -> None:
     files = [f"--{kind}-file={STATE}/munge.{kind}" for kind in ("key", "pid", "seed", "log")]
-    start("ctl", "munged", "--foreground", f"--socket={START_SOCKET}", *files)
+    start(CTL, "munged", "--foreground", f"--socket={START_SOCKET}", *files)
     wait_for(START_SOCKET.exists, START_S, "munge")
 
 
 def start_accounting() -> None:
+    (STATE / "database-tmp").mkdir()  # in /tmp they would remove each other's temporary tables
     data = ["--no-defaults", "--user=root", f"--datadir={STATE}/database"]
+    data += [f"--tmpdir={STATE}/database-tmp"]
     run("mariadb-install-db", *data, "--skip-test-db", "--auth-root-authentication-method=normal")
     files = [f"--socket={STATE}/database.socket", f"--pid-file={STATE}/database.pid"]
     quick = ["--skip-grant-tables", "--innodb-flush-log-at-trx-commit=0"]
-    start("ctl", "mariadbd", *data, *files, *quick, f"--bind-address={CTL}")
-    wait_for(lambda: listens("ctl", 3306), START_S, "MariaDB")
-    start("ctl", "slurmdbd", "-D")
-    wait_for(lambda: listens("ctl", 6819), START_S, "slurmdbd")
+    start(CTL, "mariadbd", *data, *files, *quick, f"--bind-address={CTL_IP}")
+    wait_for(lambda: listens(CTL, 3306), START_S, "MariaDB")
+    start(CTL, "slurmdbd", "-D")
+    wait_for(lambda: listens(CTL, 6819), START_S, "slurmdbd")
     run("sacctmgr", "--immediate", "add", "cluster", "spd")
 
 
@@ -254,7 +273,7 @@ def healthy(conf: str, accounting: bool) -> bool:
         return False
     daemons = {"munged", "slurmctld"} | (set(ACCOUNTING_PACKAGES) if accounting else set())
     # A node that was cut off or lost its slurmd still shows as idle for SlurmdTimeout.
-    if not daemons <= set(running("ctl").values()) or not all(listens(n, 6818) for n in NODES):
+    if not daemons <= set(running(CTL).values()) or not all(listens(n, 6818) for n in NODES):
         return False
     states = node_states()
     return len(states) == len(NODES) and set(states) <= {"idle", "mixed", "allocated", "completing"}
@@ -271,10 +290,10 @@ def up(args: argparse.Namespace) -> None:
     start_munge()
     if args.accounting:
         start_accounting()
-    start("ctl", "slurmctld", "-D")
+    start(CTL, "slurmctld", "-D")
     for node in NODES:
         start(node, "slurmd", "-D", "-N", node)
-    wait_for(lambda: listens("ctl", 6817), START_S, "slurmctld")
+    wait_for(lambda: listens(CTL, 6817), START_S, "slurmctld")
     wait_for(lambda: node_states() == ["idle"] * len(NODES), START_S, "four idle nodes")
     print(f"up; SLURM_CONF={CONF}")
 
@@ -310,7 +329,7 @@ def status() -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """The names of hosts and links are the machine's, so two of these must not interleave."""
+    """Two of these must not interleave."""
     with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -31,7 +31,7 @@ def kill_and_requeue(slurm: Cluster, job: str) -> None:
     slurm.run("scontrol", "requeue", job)
 
 
-def test_three_seeds_to_a_report_although_tasks_are_killed(
+def test_three_seeds_to_a_report_although_tasks_are_killed_and_a_member_more(
     launch: Launch, command: Command, slurm: Cluster
 ) -> None:
     held = "+cluster.sbatch.hold=true"  # nothing starts before it is looked at
@@ -68,10 +68,11 @@ def test_three_seeds_to_a_report_although_tasks_are_killed(
         assert f"<h2>{title}</h2>" in page
     wait_for(lambda: not slurm.run("squeue", "-h"), 180, "the last job to end")
     assert "nothing to resume: 18 finished" in command("spd_launch.resume", "latest").stdout
+    add_a_member(folder.run_dir(runs[0]).path, command)
 
 
-def test_members_are_added_to_an_ensemble_of_a_finished_run(command: Command, out: Path) -> None:
-    [run_dir] = (out / "runs").glob("tms_5-2-seed0-*")
+def add_a_member(run_dir: Path, command: Command) -> None:
+    """To the ensemble of a finished run: only what is missing is computed."""
     members = run_dir / "clusterings" / "ensemble"
     before = (members / "seed_1" / "history.npz").stat().st_mtime_ns
     said = command(
@@ -79,7 +80,7 @@ def test_members_are_added_to_an_ensemble_of_a_finished_run(command: Command, ou
         "cluster=cpu", "cluster.time_min=5",
     ).stdout  # fmt: skip
     assert "run(s)" not in said and "4 step(s)" in said
-    folder = ledger.find_launch("latest", out)
+    folder = ledger.find_launch("latest", run_dir.parent.parent)
     wait_for_all(folder)  # the distances fail where a member of the three is missing
     arrays = np.load(members / "distances" / "distances.npz")
     assert arrays["seeds"].tolist() == [0, 1, 2]

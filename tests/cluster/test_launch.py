@@ -238,7 +238,7 @@ def test_a_rank_that_fails_on_another_node_ends_the_job_with_its_error(
     wait_for(lambda: slurm.state(job) == "FAILED", 400, "the job to fail of the same twice")
     wait_until(folder, task, "failed")
     assert status(folder, task).attempt == 2
-    first = r"rank 1 on node\d failed first: ArithmeticError: rank 1 has had enough"
+    first = r"rank 1 on node\d+ failed first: ArithmeticError: rank 1 has had enough"
     wait_for(lambda: re.search(first, log(folder)) is not None, 180, "rank 0 to say why")
     wait_for(lambda: status(folder, task).step == 12, 60, "the step that was reached")
 

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from cluster import NO_FIGURES, SMALL, Cluster, Command, Launch, log, status, wait_for, wait_until
+from slurm_cluster import namespace
 
 from spd_launch import ledger, slurm_state
 from spd_launch.ports import hashed_port
@@ -32,11 +33,12 @@ time.sleep(300)
 
 
 def test_two_jobs_on_one_node_and_a_port_in_use(launch: Launch, slurm: Cluster) -> None:
-    one_node = ["dp=2", "+cluster.sbatch.nodelist=node1", HOLD]
+    name = slurm.nodes[0]
+    one_node = ["dp=2", f"+cluster.sbatch.nodelist={name}", HOLD]
     folder, tasks = launch("-m", "seed=0,1", "launch.if_done=rerun", *one_node)
     port = hashed_port(tasks[0].run_id, 0)
-    node = ["nsenter", "--net=/run/netns/spd-node1", sys.executable, "-c", LISTENS, str(port)]
-    with subprocess.Popen(node, stdout=subprocess.PIPE) as other:
+    there = ["nsenter", f"--net=/run/netns/{namespace(name)}", sys.executable]
+    with subprocess.Popen([*there, "-c", LISTENS, str(port)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"taken\n"
         slurm.run("scontrol", "release", *ledger.latest_jobs(folder).values())
         for task in tasks:
@@ -44,7 +46,7 @@ def test_two_jobs_on_one_node_and_a_port_in_use(launch: Launch, slurm: Cluster) 
         other.kill()
     ports = []
     for task in tasks:
-        assert status(folder, task).host == "node1" and status(folder, task).attempt == 1
+        assert status(folder, task).host == name and status(folder, task).attempt == 1
         [meeting] = folder.run_dir(task.run_id).path.glob("meeting-*.json")
         ports.append(json.loads(meeting.read_text())["port"])
     assert ports == [port + 1, hashed_port(tasks[1].run_id, 0)]
@@ -118,14 +120,14 @@ def test_a_job_whose_number_is_not_told_is_taken_back(
     mute.parent.mkdir()
     mute.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" >> {tmp_path}/sent\n{answer}\n')
     mute.chmod(0o755)
-    before = sorted((out / "runs").iterdir())
+    before = sorted(out.glob("runs/*"))
     path = f"{mute.parent}:{os.environ['PATH']}"
     done = command("spd_launch", *SMALL, "seed=4", HOLD, code=2, PATH=path)
     assert words in done.stderr and "Traceback" not in done.stderr
     assert "the 1 job(s) sent before are cancelled" in done.stderr
     [sent] = (tmp_path / "sent").read_text().splitlines()
     assert slurm.state(sent.split()[-1]) == "CANCELLED"
-    assert sorted((out / "runs").iterdir()) == before
+    assert sorted(out.glob("runs/*")) == before
 
 
 def test_cores_of_each_rank_and_half_a_result_of_a_killed_attempt(
@@ -218,16 +220,17 @@ def test_a_run_goes_on_without_a_node_that_breaks_it(
     launch: Launch, command: Command, project: Path, slurm: Cluster
 ) -> None:
     (project / "broken.py").write_text(BROKEN)
-    loss = "losses.broken={path: broken.loss, coeff: 1.0, node: node1}"
+    bad = slurm.nodes[0]
+    loss = f"losses.broken={{path: broken.loss, coeff: 1.0, node: {bad}}}"
     folder, [task] = launch(loss, "cluster.requeue=off", HOLD)
     [job] = ledger.latest_jobs(folder).values()
-    slurm.run("scontrol", "update", f"jobid={job}", "reqnodelist=node1")
+    slurm.run("scontrol", "update", f"jobid={job}", f"reqnodelist={bad}")
     slurm.run("scontrol", "release", job)
     wait_until(folder, task, "failed")
     wait_for(lambda: slurm.state(job) == "FAILED", 60, "the job to fail")
-    command("spd_launch.resume", "latest", "--exclude=node1")
+    command("spd_launch.resume", "latest", f"--exclude={bad}")
     slurm.run("scontrol", "release", *ledger.latest_jobs(folder).values())  # held as before
     wait_until(folder, task, "finished")
     assert status(folder, task).host in slurm.nodes[1:]
     [job] = ledger.latest_jobs(folder).values()
-    assert "ExcNodeList=node1" in slurm.run("scontrol", "show", "job", job)
+    assert f"ExcNodeList={bad}" in slurm.run("scontrol", "show", "job", job)

@@ -1,3 +1,4 @@
+import gc
 import socket
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import torch
 
 from spd_core.distributed import Dist
 from spd_core.run_dir import RunDir
-from spd_launch.preflight import check_code, check_node
+from spd_launch.preflight import check_code, check_node, load_torch
 
 
 def test_code_from_anywhere_but_the_launchs_is_refused(tmp_path, monkeypatch):
@@ -29,3 +30,12 @@ def test_a_node_that_cannot_train_is_named_before_it_does(make_run_dir):
         gpu = Dist(0, 1, torch.device("cuda", 0))
         with pytest.raises(RuntimeError, match="is not fit to train"):
             check_node(run_dir, gpu)
+
+
+def test_garbage_is_looked_for_again_when_torch_is_there():
+    load_torch()
+    gc.unfreeze()  # of this process, which goes on to other tests
+    loop: list[object] = []
+    loop.append(loop)
+    del loop
+    assert gc.isenabled() and gc.collect() > 0
