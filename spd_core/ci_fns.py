@@ -127,12 +127,7 @@ class CiFn(nn.Module):
 def make_ci_fn(
     path: str, config: AnyCiFnConfig, components: LinearComponents, generator: torch.Generator
 ) -> nn.Module:
-    """The causal-importance function of one module.
-
-    Raises:
-        ValueError: an embedding with another kind than mlp, or a part of the user's own that
-            cannot be used.
-    """
+    """The causal-importance function of one module."""
     d_in, C = components.V.shape
     if isinstance(config, CustomCiFnConfig):
         return load_part("decompose.ci_fn", config, "ci_fn")(C, d_in, generator)

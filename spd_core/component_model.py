@@ -62,12 +62,7 @@ class Cache:
 def expand_patterns(
     target: nn.Module, c_of: Mapping[str, int | None], where: str
 ) -> dict[str, int]:
-    """Module paths and their C, in the target's own order. `where` is the config field.
-
-    Raises:
-        ValueError: a pattern matches no decomposable module, two match the same one, or masks
-            cannot follow what a module computes.
-    """
+    """Module paths and their C, in the target's own order. `where` is the config field."""
     patterns = [pattern for pattern, C in c_of.items() if C is not None]
     paths = [name for name, module in target.named_modules() if is_decomposable(module)]
     for pattern in patterns:
@@ -91,11 +86,7 @@ def expand_patterns(
 
 
 def insert_identities(target: nn.Module, patterns: dict[str, int]) -> dict[str, int]:
-    """Put an identity matrix before the matched modules, as `PATH.pre_identity`; path -> C.
-
-    Raises:
-        ValueError: as `expand_patterns`, or the module is an embedding.
-    """
+    """Put an identity matrix before the matched modules, as `PATH.pre_identity`; path -> C."""
     inserted = {}
     for name, C in expand_patterns(target, patterns, "decompose.identity_modules").items():
         module = target.get_submodule(name)
@@ -173,11 +164,7 @@ class ComponentModel(nn.Module):
     def run_target(
         self, batch: Float[Tensor, "batch ..."]
     ) -> tuple[Float[Tensor, "batch ..."], dict[str, Float[Tensor, "... d_in"]]]:
-        """The target's output, and the input of every decomposed module.
-
-        Raises:
-            ValueError: a decomposed module runs not once, or something that masks cannot follow.
-        """
+        """The target's output, and the input of every decomposed module, which must run once."""
         inputs, versions = dict[str, Tensor](), dict[str, int]()
 
         def keep(name: str, x: Tensor, out: Any) -> None:

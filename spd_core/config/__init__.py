@@ -144,11 +144,7 @@ class RunConfig(BaseConfig):
 
 
 def load_config(path: Path) -> RunConfig:
-    """Read and validate a run's config.yaml.
-
-    Raises:
-        ValueError: the file is missing or is not a valid run; the message names the file.
-    """
+    """Read and validate a run's config.yaml; a ValueError names the file."""
     if not path.is_file():
         raise ValueError(f"no run config at {path}")
     try:
