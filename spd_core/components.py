@@ -107,11 +107,10 @@ class LinearComponents(nn.Module):
 
 def tie(first: LinearComponents, second: LinearComponents) -> None:
     """Start `second` as the transpose of `first`: V2 = U1^T, U2 = V1^T."""
-    if (first.V.shape, first.U.shape) != (second.U.T.shape, second.V.T.shape):
-        shapes = [tuple(part.shape) for part in (first.V, first.U, second.V, second.U)]
+    shapes = [tuple(part.shape) for part in (first.V, first.U, second.U.T, second.V.T)]
+    if shapes[:2] != shapes[2:]:
         raise ValueError(
-            f"cannot tie components whose V and U have shapes {shapes[:2]} and {shapes[2:]}: "
-            "decompose.tied needs two transposed modules with the same C"
+            f"decompose.tied: cannot tie V and U of {shapes[:2]} to U^T and V^T of {shapes[2:]}"
         )
     with torch.no_grad():
         second.V.copy_(first.U.T)
