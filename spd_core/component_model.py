@@ -236,15 +236,14 @@ class ComponentModel(nn.Module):
 
         `inputs` are the target's own; `noise` jitters under binomial sampling.
         """
+        noise = noise if self.config.sampling == "binomial" else None
         result, own_acts, first = {}, {}, next(iter(inputs.values()))
         for name, x in inputs.items():
             if self.config.ci_fn.kind in ("mlp", "custom") or x is first:
                 own_acts[name] = self.components[name].inner_acts(x)
             x = x.to(self.components[name].V.dtype) if x.is_floating_point() else x
             g = self.ci_fns[name](x, own_acts.get(name))
-            jitter = None
-            if self.config.sampling == "binomial" and noise is not None:
-                jitter = noise.uniform(*g.shape[1:])
+            jitter = None if noise is None else noise.uniform(*g.shape[1:])
             result[name] = apply_sigmoid(g, self.config.sigmoid, jitter)
         return result, own_acts
 
