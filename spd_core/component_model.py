@@ -75,10 +75,7 @@ def expand_patterns(
     for name in paths:
         matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
         if len(matching) > 1:
-            raise ValueError(
-                f"{where}: module {name!r} is matched by {' and '.join(matching)}; "
-                "each module takes one pattern"
-            )
+            raise ValueError(f"{where}: {name!r} is matched by {' and '.join(matching)}; keep one")
         for pattern in matching:
             check_decomposable(where, name, target.get_submodule(name))
             result[name] = c_of[pattern]

@@ -133,8 +133,7 @@ class RunConfig(BaseConfig):
             raise ValueError(f"train.batch_size={batch} does not divide by dp={dp}")
         if micro is not None and batch // dp % micro:
             raise ValueError(
-                f"train.microbatch_size={micro} does not divide the {batch // dp} examples of a "
-                f"rank (train.batch_size={batch} / dp={dp})"
+                f"train.microbatch_size={micro} does not divide a rank's {batch // dp} examples"
             )
         if self.eval.batch_size < dp:
             raise ValueError(
