@@ -31,8 +31,5 @@ class ScheduleConfig(BaseConfig):
     @model_validator(mode="after")
     def _constant_has_one_value(self) -> Self:
         if self.kind == "constant" and self.start != self.end:
-            raise ValueError(
-                f"kind=constant needs start == end, got start={self.start} end={self.end}; "
-                "use kind=linear or kind=cosine for a value that changes"
-            )
+            raise ValueError(f"kind=constant needs start == end, not {self.start} and {self.end}")
         return self

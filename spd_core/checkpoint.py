@@ -75,11 +75,7 @@ def checkpoint_steps(run_dir: RunDir) -> list[int]:
 
 
 def newest_valid_checkpoint(run_dir: RunDir) -> tuple[Path, int, dict[Path, str]]:
-    """The folder and step of the newest undamaged checkpoint, and the damaged ones with why.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """`newest_valid_step` with its folder; FileNotFoundError without one."""
     step, damaged = newest_valid_step(run_dir)
     if step == 0:
         problems = ", ".join(damaged.values())
@@ -88,7 +84,7 @@ def newest_valid_checkpoint(run_dir: RunDir) -> tuple[Path, int, dict[Path, str]
 
 
 def newest_valid_step(run_dir: RunDir) -> tuple[int, dict[Path, str]]:
-    """The step of the newest undamaged checkpoint, 0 without one; and newer, damaged ones."""
+    """The step of the newest undamaged checkpoint (0: none), and why newer ones are damaged."""
     damaged: dict[Path, str] = {}
     for step in reversed(checkpoint_steps(run_dir)):
         folder = run_dir.checkpoints / f"step_{step}"
@@ -104,11 +100,7 @@ def newest_valid_step(run_dir: RunDir) -> tuple[int, dict[Path, str]]:
 
 @torch.no_grad()
 def load_model(folder: Path, model: ComponentModel) -> dict[str, Tensor]:
-    """Copy the trained parameters of a checkpoint into the model; returns all of its tensors.
-
-    Raises:
-        ValueError: the checkpoint is of another format, or has other parameters than the model.
-    """
+    """Copy the trained parameters of a checkpoint into the model; returns all of its tensors."""
     try:
         with safe_open(folder / "state.safetensors", "pt") as file:
             made = (file.metadata() or {"format": "1"})["format"]

@@ -88,13 +88,8 @@ class CiFn(nn.Module):
     def __init__(self, config: CiFnConfig, C: int, d_in: int, generator: torch.Generator) -> None:
         super().__init__()
         self.kind: Literal["mlp", "vector_mlp", "shared_mlp"] = config.kind
-        match config.kind:
-            case "mlp":
-                n_mlps, widths = C, [1, *config.hidden, 1]
-            case "vector_mlp":
-                n_mlps, widths = C, [d_in, *config.hidden, 1]
-            case "shared_mlp":
-                n_mlps, widths = 1, [d_in, *config.hidden, C]
+        n_mlps, n_out = (1, C) if config.kind == "shared_mlp" else (C, 1)
+        widths = [1 if config.kind == "mlp" else d_in, *config.hidden, n_out]
         gains = [math.sqrt(2)] * len(config.hidden) + [1.0]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for a, b, gain in zip(widths[:-1], widths[1:], gains, strict=True):
@@ -132,12 +127,7 @@ class CiFn(nn.Module):
 def make_ci_fn(
     path: str, config: AnyCiFnConfig, components: LinearComponents, generator: torch.Generator
 ) -> nn.Module:
-    """The causal-importance function of one module.
-
-    Raises:
-        ValueError: an embedding with another kind than mlp, or a part of the user's own that
-            cannot be used.
-    """
+    """The causal-importance function of one module."""
     d_in, C = components.V.shape
     if isinstance(config, CustomCiFnConfig):
         return load_part("decompose.ci_fn", config, "ci_fn")(C, d_in, generator)

@@ -62,12 +62,7 @@ class Cache:
 def expand_patterns(
     target: nn.Module, c_of: Mapping[str, int | None], where: str
 ) -> dict[str, int]:
-    """Module paths and their C, in the target's own order. `where` is the config field.
-
-    Raises:
-        ValueError: a pattern matches no decomposable module, two match the same one, or masks
-            cannot follow what a module computes.
-    """
+    """Module paths and their C, in the target's own order. `where` is the config field."""
     patterns = [pattern for pattern, C in c_of.items() if C is not None]
     paths = [name for name, module in target.named_modules() if is_decomposable(module)]
     for pattern in patterns:
@@ -80,10 +75,7 @@ def expand_patterns(
     for name in paths:
         matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
         if len(matching) > 1:
-            raise ValueError(
-                f"{where}: module {name!r} is matched by {' and '.join(matching)}; "
-                "each module takes one pattern"
-            )
+            raise ValueError(f"{where}: {name!r} is matched by {' and '.join(matching)}; keep one")
         for pattern in matching:
             check_decomposable(where, name, target.get_submodule(name))
             result[name] = c_of[pattern]
@@ -91,11 +83,7 @@ def expand_patterns(
 
 
 def insert_identities(target: nn.Module, patterns: dict[str, int]) -> dict[str, int]:
-    """Put an identity matrix before the matched modules, as `PATH.pre_identity`; path -> C.
-
-    Raises:
-        ValueError: as `expand_patterns`, or the module is an embedding.
-    """
+    """Put an identity matrix before the matched modules, as `PATH.pre_identity`; path -> C."""
     inserted = {}
     for name, C in expand_patterns(target, patterns, "decompose.identity_modules").items():
         module = target.get_submodule(name)
@@ -173,11 +161,7 @@ class ComponentModel(nn.Module):
     def run_target(
         self, batch: Float[Tensor, "batch ..."]
     ) -> tuple[Float[Tensor, "batch ..."], dict[str, Float[Tensor, "... d_in"]]]:
-        """The target's output, and the input of every decomposed module.
-
-        Raises:
-            ValueError: a decomposed module runs not once, or something that masks cannot follow.
-        """
+        """The target's output, and the input of every decomposed module, which must run once."""
         inputs, versions = dict[str, Tensor](), dict[str, int]()
 
         def keep(name: str, x: Tensor, out: Any) -> None:
@@ -249,15 +233,14 @@ class ComponentModel(nn.Module):
 
         `inputs` are the target's own; `noise` jitters under binomial sampling.
         """
+        noise = noise if self.config.sampling == "binomial" else None
         result, own_acts, first = {}, {}, next(iter(inputs.values()))
         for name, x in inputs.items():
             if self.config.ci_fn.kind in ("mlp", "custom") or x is first:
                 own_acts[name] = self.components[name].inner_acts(x)
             x = x.to(self.components[name].V.dtype) if x.is_floating_point() else x
             g = self.ci_fns[name](x, own_acts.get(name))
-            jitter = None
-            if self.config.sampling == "binomial" and noise is not None:
-                jitter = noise.uniform(*g.shape[1:])
+            jitter = None if noise is None else noise.uniform(*g.shape[1:])
             result[name] = apply_sigmoid(g, self.config.sigmoid, jitter)
         return result, own_acts
 

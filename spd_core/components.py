@@ -32,11 +32,7 @@ def is_decomposable(module: nn.Module) -> bool:
 
 
 def check_decomposable(where: str, path: str, module: nn.Module) -> None:
-    """Refuse a module whose output need not be W x + b, or W[token]. `where` is the config field.
-
-    Raises:
-        ValueError: it has a forward() of its own, or is an embedding with max_norm.
-    """
+    """Refuse a module whose output need not be W x + b or W[token]; `where` is the config field."""
     known = (nn.Linear.forward, nn.Embedding.forward)
     if type(module).forward not in known and not is_conv1d(module):
         raise ValueError(
@@ -110,16 +106,11 @@ class LinearComponents(nn.Module):
 
 
 def tie(first: LinearComponents, second: LinearComponents) -> None:
-    """Start `second` as the transpose of `first`: V2 = U1^T, U2 = V1^T.
-
-    Raises:
-        ValueError: the shapes are not each other's transpose.
-    """
-    if (first.V.shape, first.U.shape) != (second.U.T.shape, second.V.T.shape):
-        shapes = [tuple(part.shape) for part in (first.V, first.U, second.V, second.U)]
+    """Start `second` as the transpose of `first`: V2 = U1^T, U2 = V1^T."""
+    shapes = [tuple(part.shape) for part in (first.V, first.U, second.U.T, second.V.T)]
+    if shapes[:2] != shapes[2:]:
         raise ValueError(
-            f"cannot tie components whose V and U have shapes {shapes[:2]} and {shapes[2:]}: "
-            "decompose.tied needs two transposed modules with the same C"
+            f"decompose.tied: cannot tie V and U of {shapes[:2]} to U^T and V^T of {shapes[2:]}"
         )
     with torch.no_grad():
         second.V.copy_(first.U.T)

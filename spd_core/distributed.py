@@ -32,11 +32,7 @@ class Dist:
 def init(
     rank: int, world_size: int, local_rank: int, master: str, device: Literal["auto", "cpu", "cuda"]
 ) -> Dist:
-    """Join the process group (none for one process) on gloo or nccl, at HOST:PORT.
-
-    Raises:
-        ValueError: device is "cuda" and torch sees no GPU.
-    """
+    """Join the process group (none for one process) on gloo or nccl, at HOST:PORT."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device=cuda, but torch sees no GPU; train.device=cpu needs none")
     place, use_cuda = torch.device("cpu"), device != "cpu" and torch.cuda.is_available()

@@ -83,11 +83,7 @@ def evaluate(
 
 
 def check_metrics(config: RunConfig, model: ComponentModel) -> None:
-    """Refuse metrics that do not fit the decomposition, before any training.
-
-    Raises:
-        ValueError: names the metric, what it asks for, and what there is.
-    """
+    """Refuse metrics that do not fit the decomposition, before any training."""
     names = list(model.components)
     for metric, o in config.eval.metrics.configured().items():
         for problem in _problems(o, config, names):

@@ -24,12 +24,7 @@ OPTIONS = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 def _load_part(field: str, config: CustomConfig, kind: str) -> Part:
-    """The part with its options bound, after they are checked against its annotations.
-
-    Raises:
-        ValueError: it cannot be imported, takes other arguments, or an option does not fit; the
-            message names the config field.
-    """
+    """The part with its options bound, after they are checked against its annotations."""
     at = f"{field}.path={config.path}"
     module, _, name = config.path.rpartition(".")
     try:
@@ -71,11 +66,7 @@ load_part: Callable[[str, CustomConfig, str], Part] = cache(_load_part)  # pyrig
 
 
 def check_parts(config: RunConfig) -> None:
-    """Load every part that the config names, so that a mistake shows before anything runs.
-
-    Raises:
-        ValueError: as `load_part`.
-    """
+    """Load every part that the config names, so that a mistake shows before anything runs."""
     for name, loss in config.losses.configured().items():
         if isinstance(loss, CustomConfig):
             load_part(f"losses.{name}", loss, "loss")

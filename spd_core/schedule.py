@@ -7,11 +7,7 @@ from spd_core.config.losses import ImportanceMinimalityConfig
 
 
 def schedule_value(schedule: ScheduleConfig | float, step: int, steps: int) -> float:
-    """The value at `step` of 0..steps-1; of more steps than one, the last has `end` exactly.
-
-    Warm-up rises linearly from 0; cosine is the half period
-    end + (start - end) (1 + cos(pi t)) / 2 over what remains.
-    """
+    """The value at `step` of 0..steps-1; of more steps than one, the last has `end` exactly."""
     if not isinstance(schedule, ScheduleConfig):
         return schedule
     n_warmup = min(round(schedule.warmup_fraction * steps), steps - 1)
@@ -19,9 +15,7 @@ def schedule_value(schedule: ScheduleConfig | float, step: int, steps: int) -> f
         return schedule.start * step / n_warmup
     t = min((step - n_warmup) / max(steps - 1 - n_warmup, 1), 1.0)
     match schedule.kind:
-        case "constant":
-            return schedule.start
-        case "linear":
+        case "constant" | "linear":
             return schedule.start + (schedule.end - schedule.start) * t
         case "cosine":
             return schedule.end + (schedule.start - schedule.end) * (1 + math.cos(math.pi * t)) / 2

@@ -67,9 +67,6 @@ def accumulate_gradients(
     """Add this rank's gradient of the weighted losses to `.grad`.
 
     Returns the losses over all ranks (detached), and this rank's number of positions.
-
-    Raises:
-        ValueError: a loss has another count in one microbatch than in another.
     """
     losses, coeffs = d.config.losses.configured(), coefficients(d.config, step)
     with d.autocast():

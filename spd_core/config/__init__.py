@@ -133,8 +133,7 @@ class RunConfig(BaseConfig):
             raise ValueError(f"train.batch_size={batch} does not divide by dp={dp}")
         if micro is not None and batch // dp % micro:
             raise ValueError(
-                f"train.microbatch_size={micro} does not divide the {batch // dp} examples of a "
-                f"rank (train.batch_size={batch} / dp={dp})"
+                f"train.microbatch_size={micro} does not divide a rank's {batch // dp} examples"
             )
         if self.eval.batch_size < dp:
             raise ValueError(
@@ -144,11 +143,7 @@ class RunConfig(BaseConfig):
 
 
 def load_config(path: Path) -> RunConfig:
-    """Read and validate a run's config.yaml.
-
-    Raises:
-        ValueError: the file is missing or is not a valid run; the message names the file.
-    """
+    """Read and validate a run's config.yaml; a ValueError names the file."""
     if not path.is_file():
         raise ValueError(f"no run config at {path}")
     try:

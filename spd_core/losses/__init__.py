@@ -27,7 +27,7 @@ class Step:
 
     d: Decomposition
     n_microbatches: int
-    position: float
+    position: float  # in training, from 0 to 1
     power_sums: dict[str, Float[Tensor, "C_total_and_n"]]
     sources: dict[str, Sources]
 
@@ -40,10 +40,7 @@ def prepare_step(
     n_microbatches: int,
     position: float,
 ) -> Step:
-    """Gather what a loss must know of the whole batch before its first part.
-
-    `position` in training, from 0 to 1, sets the annealed p of importance minimality.
-    """
+    """Gather what a loss must know of the whole batch before its first part."""
     step = Step(d, n_microbatches, position, {}, {})
     for name, loss in losses.items():
         match loss:

@@ -27,9 +27,6 @@ def worst_sources(
     ranks start from the same numbers and follow the same sum of gradients, taken in one collective
     per step, so that they hold identical sources throughout. With None every datapoint of the one
     batch has its own, (batch, ..., C + 1), and nothing leaves the rank.
-
-    Raises:
-        ValueError: the output does not depend on some module's masks.
     """
     sources = _start(model, next(iter(batches())), search, f"{purpose}:sources", shared_by)
     passes = [draw_routes(batch, routing, f"{purpose}:route") for batch in batches()]

@@ -62,11 +62,8 @@ def mmcs_ml2r(
     the rows of W, and V and U change places. A contribution below 1 % of W[:, j] does not compete:
     among many dead subcomponents one points along any direction by chance.
     """
-    match side:
-        case "features_in":
-            features, other, weight = components.V, components.U, components.weight.T
-        case "features_out":
-            features, other, weight = components.U.T, components.V.T, components.weight
+    V, U, W = components.V, components.U, components.weight
+    features, other, weight = (V, U, W.T) if side == "features_in" else (U.T, V.T, W)
     contributions: Float[Tensor, "n_features C d"] = torch.einsum("jc,cd->jcd", features, other)
     cosine = torch.cosine_similarity(contributions, weight[:, None, :], dim=-1)
     ratio = contributions.norm(dim=-1) / weight.norm(dim=-1)[:, None]
