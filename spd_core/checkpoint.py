@@ -100,7 +100,11 @@ def newest_valid_step(run_dir: RunDir) -> tuple[int, dict[Path, str]]:
 
 @torch.no_grad()
 def load_model(folder: Path, model: ComponentModel) -> dict[str, Tensor]:
-    """Copy the trained parameters of a checkpoint into the model; returns all of its tensors."""
+    """Copy the trained parameters of a checkpoint into the model; returns all of its tensors.
+
+    Raises:
+        ValueError: the checkpoint is of another format, or has other parameters than the model.
+    """
     try:
         with safe_open(folder / "state.safetensors", "pt") as file:
             made = (file.metadata() or {"format": "1"})["format"]

@@ -62,7 +62,11 @@ class Cache:
 def expand_patterns(
     target: nn.Module, c_of: Mapping[str, int | None], where: str
 ) -> dict[str, int]:
-    """Module paths and their C, in the target's own order. `where` is the config field."""
+    """Module paths and their C, in the target's own order. `where` is the config field.
+
+    Raises:
+        ValueError: a pattern matches no decomposable module, or two match the same one.
+    """
     patterns = [pattern for pattern, C in c_of.items() if C is not None]
     paths = [name for name, module in target.named_modules() if is_decomposable(module)]
     for pattern in patterns:
@@ -161,7 +165,11 @@ class ComponentModel(nn.Module):
     def run_target(
         self, batch: Float[Tensor, "batch ..."]
     ) -> tuple[Float[Tensor, "batch ..."], dict[str, Float[Tensor, "... d_in"]]]:
-        """The target's output, and the input of every decomposed module, which must run once."""
+        """The target's output, and the input of every decomposed module.
+
+        Raises:
+            ValueError: a decomposed module runs not once, or something that masks cannot follow.
+        """
         inputs, versions = dict[str, Tensor](), dict[str, int]()
 
         def keep(name: str, x: Tensor, out: Any) -> None:

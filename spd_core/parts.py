@@ -24,7 +24,11 @@ OPTIONS = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 def _load_part(field: str, config: CustomConfig, kind: str) -> Part:
-    """The part with its options bound, after they are checked against its annotations."""
+    """The part with its options bound, after they are checked against its annotations.
+
+    Raises:
+        ValueError: it cannot be imported, takes other arguments, or an option does not fit.
+    """
     at = f"{field}.path={config.path}"
     module, _, name = config.path.rpartition(".")
     try:
