@@ -92,6 +92,7 @@ def accumulate_gradients(
         (sums * weights / both[1]).sum().backward()
         totals.append(both)
         n_positions += batch.n_positions
+        del batch, parts, sums  # before the next one is made
     all_sums, all_counts = torch.stack(totals).sum(0)
     return dict(zip(losses, all_sums / all_counts, strict=True)), n_positions
 
