@@ -84,6 +84,7 @@ def text_run(make_config, target, **data):
     whole |= {"seq_len": 32, "eval_fraction": 0.1, "seed": 0}
     values = make_config().model_dump(mode="json")
     values |= {"data": whole | data, "target": target.model_dump(mode="json")}
+    values["eval"]["metrics"] |= {"identity_ci_error": None, "permuted_ci_plots": None}
     return RunConfig.model_validate(values)
 
 

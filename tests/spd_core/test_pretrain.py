@@ -10,10 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_model
+from test_keep import text_run
 from test_transformer import KINDS, make_target_config, seeded
 
 from spd_core import distributed
-from spd_core.config import RunConfig
 from spd_core.data.text import load_or_tokenise
 from spd_core.schedule import schedule_value
 from spd_core.targets.pretrain import (
@@ -214,12 +214,7 @@ def test_two_processes_train_what_one_trains(one_process):
 
 @pytest.fixture
 def text_config(make_config):
-    data = {"kind": "text", "source": "stories", "n_documents": 400, "vocab_size": 300}
-    data |= {"path": None, "split": None, "column": None, "tokenizer": None}
-    data |= {"seq_len": 32, "eval_fraction": 0.1, "seed": 0}
-    target = make_target_config(steps=40).model_dump(mode="json")
-    config = make_config().model_dump(mode="json") | {"data": data, "target": target}
-    return RunConfig.model_validate(config)
+    return text_run(make_config, make_target_config(steps=40))
 
 
 def test_the_program_fills_the_target_store(text_config, tmp_path, capsys):
