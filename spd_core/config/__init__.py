@@ -125,8 +125,9 @@ class RunConfig(BaseConfig):
         metrics = self.eval.metrics.configured().keys() & DATA_OF.keys()
         for part, kind in (takes | {f"eval.metrics.{n}": DATA_OF[n] for n in metrics}).items():
             if kind not in (None, self.data.kind):
+                off = f"; {part}=null leaves it out" if part.startswith("eval") else ""
                 raise ValueError(
-                    f"data.kind={self.data.kind} does not fit {part}, which takes data.kind={kind}"
+                    f"data.kind={self.data.kind} does not fit {part}, which takes {kind}{off}"
                 )
         dp, batch, micro = self.dp, self.train.batch_size, self.train.microbatch_size
         if batch % dp:
