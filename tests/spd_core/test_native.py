@@ -143,6 +143,13 @@ def test_without_a_compiler_powers_are_summed_in_float32_under_autocast(monkeypa
     np.testing.assert_allclose(sums, wanted, rtol=1e-5)
 
 
+def test_what_is_not_a_number_shows():
+    x = torch.tensor([[0.5, float("nan")], [float("nan"), 2.0]])
+    for values in leaky_hard(x):
+        assert values.isnan().equal(x.isnan())
+    assert power_sums(x, 0.9, 1e-12, torch.ones(2)).isnan().all()
+
+
 def test_leaky_hard_passes_the_gradient_of_upper_at_zero():
     x = torch.zeros(3, requires_grad=True)
     lower, upper = leaky_hard(x)
