@@ -37,8 +37,8 @@ def draw_routes(batch: Batch, routing: Routing, purpose: str) -> list[Routes]:
             return [{name: None} for name in names]
         case UniformKSubsetConfig():
             k = stream.integers(1, len(names) + 1, *shape)
-            rank = stream.uniform(*shape, len(names)).argsort(dim=-1).argsort(dim=-1)
-            chosen = rank < k.unsqueeze(-1)
+            first = torch.arange(len(names)) < k.unsqueeze(-1)
+            chosen = first.scatter(-1, stream.uniform(*shape, len(names)).argsort(-1), first)
         case StaticProbabilityConfig(p=p):
             chosen = stream.uniform(*shape, len(names)) < p
     for name, ci in batch.ci.items():
