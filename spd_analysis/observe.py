@@ -46,8 +46,8 @@ class Observed:
 def observe(d: Decomposition, seed: int, step: int, batch_size: int, purpose: str) -> Observed:
     """Batch `step` of those that (seed, purpose) name; text comes from the training split.
 
-    A module that runs at fewer positions than others, as one of position embeddings does, counts
-    at each of theirs. Binomial sampling adds no noise here.
+    A module that runs at fewer positions than others, as a pooler does, counts at each of theirs.
+    Binomial sampling adds no noise here.
     """
     randomness = StepRandomness(seed, step, 0, 1, batch_size, d.dist.device, phase=purpose)
     with d.autocast():

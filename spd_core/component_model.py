@@ -36,7 +36,7 @@ class Rows:
         """Where `chosen` is true."""
         rows = chosen.flatten().nonzero()[:, 0]
         fill = rows[:1].expand(-len(rows) % ROUND)
-        return Rows(torch.cat([rows, fill]).to(device), len(rows))
+        return Rows(torch.cat([rows, fill]).to(device, non_blocking=True), len(rows))
 
 
 @dataclass(frozen=True)

@@ -27,27 +27,27 @@ def draw_routes(batch: Batch, routing: Routing, purpose: str) -> list[Routes]:
     Raises:
         ValueError: modules that run at unlike positions are to be routed.
     """
-    names, shape = list(batch.ci), batch.positions
+    names, shape, device = list(batch.ci), batch.positions, batch.randomness.device
     # Drawn beside the device: a GPU would have to be waited for to know how many rows there are.
-    stream = replace(batch.randomness, device=torch.device("cpu")).batch_stream(purpose)
+    beside = replace(batch.randomness, device=torch.device("cpu"))
     match routing:
         case "all":
             return [dict.fromkeys(names)]
         case "layerwise":
             return [{name: None} for name in names]
         case UniformKSubsetConfig():
+            stream = beside.batch_stream(purpose)
             k = stream.integers(1, len(names) + 1, *shape)
-            rank = stream.uniform(*shape, len(names)).argsort(dim=-1).argsort(dim=-1)
-            chosen = rank < k.unsqueeze(-1)
+            first = torch.arange(len(names)) < k.unsqueeze(-1)
+            chosen = first.scatter(-1, stream.uniform(*shape, len(names)).argsort(-1), first)
         case StaticProbabilityConfig(p=p):
-            chosen = stream.uniform(*shape, len(names)) < p
+            chosen = beside.batch_stream(purpose).uniform(*shape, len(names)) < p
     for name, ci in batch.ci.items():
         if (at := ci.lower.shape[:-1]) != chosen.shape[:-1]:
             raise ValueError(
                 f"decompose.modules: {name!r} runs at positions {tuple(at)}, but routes are for "
                 f"{tuple(chosen.shape[:-1])}; leave it out"
             )
-    device = batch.randomness.device
     return [{name: Rows.of(chosen[..., i], device) for i, name in enumerate(names)}]
 
 

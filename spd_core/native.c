@@ -100,12 +100,12 @@ void mlps_backward(int threads, int64_t n, int64_t C, int64_t h, const float *x,
     }
 }
 
-/* lower = clamp(x, 0, 1); upper = lower up to x = 1, then rising with slope LEAK. */
+/* lower = clamp(x, 0, 1); upper = lower up to x = 1, then rising with slope LEAK. NaN stays NaN. */
 void leaky_hard_forward(int threads, int64_t n, const float *x, float *lower, float *upper) {
     #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n; i++) {
         float above = x[i] > 1 ? x[i] - 1 : 0;
-        lower[i] = x[i] > 0 ? (x[i] < 1 ? x[i] : 1) : 0;
+        lower[i] = x[i] <= 0 ? 0 : x[i] >= 1 ? 1 : x[i];
         upper[i] = lower[i] + LEAK * above;
     }
 }
@@ -124,7 +124,7 @@ void leaky_hard_backward(int threads, int64_t n, const float *x, const float *gl
     }
 }
 
-/* x^p for normal x > 0, to about 1e-6: 2^(p log2 x). */
+/* x^p for normal x > 0, to about 1e-6: 2^(p log2 x). What is not finite stays. */
 static inline float power(float x, float p) {
     union { float f; int32_t i; } u = { x };
     int32_t e = (u.i - 0x3f3504f3) >> 23;  /* the mantissa will lie in [sqrt(1/2), sqrt(2)) */
@@ -137,7 +137,7 @@ static inline float power(float x, float p) {
     float y = p * ((q * s2 * s + s) * 2.88539008f + (float)e);
     y = y < -126 ? -126 : y > 126 ? 126 : y;
     float n = floorf(y + 0.5f);
-    return exp_reduced((y - n) * 0.69314718f, n);
+    return x < INFINITY ? exp_reduced((y - n) * 0.69314718f, n) : x;
 }
 
 /* out_c = sum over j of times_j (x_jc + eps)^p, for x >= 0. A thread has its own c, so that sums do not

@@ -95,7 +95,8 @@ def token_batch(
     n, first = len(sequences), randomness.step * randomness.batch_size
     places = [divmod(first + place, n) for place in randomness.examples]
     rows = [_epoch_order(randomness.seed, split, epoch, n)[place] for epoch, place in places]
-    return torch.from_numpy(sequences[rows].astype(np.int64)).to(randomness.device)
+    tokens = torch.from_numpy(sequences[rows].astype(np.int64))
+    return tokens.to(randomness.device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=4)

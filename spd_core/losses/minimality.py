@@ -37,6 +37,6 @@ def power_sums(batch: Batch, p: float) -> Float[Tensor, "C_total_and_n"]:
         if native.is_native(upper):
             own = native.power_sums(upper, p, EPS, of_each)
         else:
-            own = of_each @ (upper + EPS) ** p
+            own = (of_each[:, None] * (upper + EPS) ** p).sum(0)  # autocast rounds a @
         sums.append(own * (batch.n_positions / (n_each * len(batch.examples))))
     return torch.cat([*sums, sums[0].new_tensor([float(batch.n_positions)])])

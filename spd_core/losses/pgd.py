@@ -56,13 +56,13 @@ def worst_sources(
 def _start(
     model: ComponentModel, batch: Batch, search: PGDConfig, purpose: str, shared_by: Dist | None
 ) -> Sources:
-    stream, positions = batch.randomness.batch_stream(purpose), batch.positions
+    stream = batch.randomness.batch_stream(purpose)
+    positions = {n: ci.lower.shape[1:-1] for n, ci in batch.distinct_ci.items()}
     if shared_by is not None:
         stream = BatchStream([(batch.randomness.shared_stream(purpose), 1)], slice(None))
-        positions = (1,) * len(positions)
+        positions = {n: (1,) * len(at) for n, at in positions.items()}
     widths = {n: c.C + model.config.delta_component for n, c in model.components.items()}
-    random = {name: stream.uniform(*positions, width) for name, width in widths.items()}
+    random = {name: stream.uniform(*positions[name], width) for name, width in widths.items()}
     if search.init == "random":
         return random
-    value = {"ones": 1.0, "zeroes": 0.0}[search.init]
-    return {name: torch.full_like(source, value) for name, source in random.items()}
+    return {n: torch.full_like(r, float(search.init == "ones")) for n, r in random.items()}

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import erf
 
-from spd_core.data.batches import Decomposition, training_batches
+from spd_core.ci_fns import CausalImportance
+from spd_core.data.batches import Batch, Decomposition, training_batches
+from spd_core.losses import minimality
 from spd_core.native import leaky_hard, library, power_sums, scalar_mlps
+from spd_core.randomness import StepRandomness
 from spd_core.step import accumulate_gradients
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
@@ -123,6 +126,28 @@ def test_without_a_compiler_pytorchs_operators_give_the_same(
     library.cache_clear()
     for name, compiled in found[0].items():
         torch.testing.assert_close(compiled, found[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_without_a_compiler_powers_are_summed_in_float32_under_autocast(monkeypatch):
+    upper = torch.rand(3001, 20)
+    ci, x = {"a": CausalImportance(upper, upper, upper)}, torch.zeros(3001, 1)
+    batch = Batch(x, x, {}, ci, StepRandomness(0, 0, 0, 1, 3001, x.device), {})
+    monkeypatch.setenv("CC", "no-such-compiler")
+    library.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="longer"):
+        sums = minimality.power_sums(batch, 0.9)
+    monkeypatch.undo()
+    library.cache_clear()
+    wanted = [*((upper.double().numpy() + 1e-12) ** 0.9).sum(0), 3001]
+    assert sums.dtype == torch.float32
+    np.testing.assert_allclose(sums, wanted, rtol=1e-5)
+
+
+def test_what_is_not_a_number_shows():
+    x = torch.tensor([[0.5, float("nan")], [float("nan"), 2.0]])
+    for values in leaky_hard(x):
+        assert values.isnan().equal(x.isnan())
+    assert power_sums(x, 0.9, 1e-12, torch.ones(2)).isnan().all()
 
 
 def test_leaky_hard_passes_the_gradient_of_upper_at_zero():

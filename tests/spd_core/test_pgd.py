@@ -385,3 +385,31 @@ def test_a_module_that_nothing_comes_of_is_refused_by_name(
     batch = batch_of(model, torch.randn(4, 1))
     with pytest.raises(ValueError, match=f"(?s)does not depend on idle, .*{name}"):
         adversary(name, scope, "random", model, batch)
+
+
+class Pooled(nn.Module):
+    """`each` runs at the positions of a sequence, `pooler` once for an example."""
+
+    def __init__(self):
+        super().__init__()
+        self.each, self.pooler = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.pooler(self.each(x).mean(1))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@BOTH_SCOPES
+def test_modules_have_sources_at_their_own_positions(n, scope, make_config, one_process):
+    model, x = parallel(make_config, True, Pooled()), torch.rand(n, 4, 1)
+    target_out, inputs = model.run_target(x)
+    lower = {name: torch.rand(*of.shape[:-1], 3) for name, of in inputs.items()}
+    ci = {name: CausalImportance(v, v, v) for name, v in lower.items()}
+    batch = Batch(x, target_out, inputs, ci, StepRandomness(0, 0, 0, 1, n, CPU), {})
+    search = loss_config(make_config, "pgd_recon", scope=scope)
+    shared_by = one_process if scope == SHARED else None
+    sources = pgd.worst_sources(model, lambda: [batch], search, "all", "pgd_recon", shared_by)
+    shapes = {"each": (n, 4, 4), "pooler": (n, 4)}
+    if scope == SHARED:
+        shapes = {"each": (1, 1, 4), "pooler": (1, 4)}
+    assert {name: tuple(source.shape) for name, source in sources.items()} == shapes
