@@ -39,7 +39,7 @@ from spd_core.step import optimisation_step
 from spd_core.targets.config import ResidMLPTargetConfig, TransformerTargetConfig
 from spd_core.train import build_optimizer
 from spd_launch.ports import free_port
-from spd_launch.task import MALLOC
+from spd_launch.task import TUNING
 
 EXPERIMENTS = ("resid_mlp2", "ss_llama_simple")
 N_WARMUP = 3
@@ -185,7 +185,7 @@ def main() -> None:
         for name in given.only:
             Console().print(paper(name))
         return
-    os.environ.update(MALLOC)  # read as a process starts
+    os.environ.update(TUNING)  # read as a process starts
     results = {
         name: {str(dp): measure(name, CASES[name], dp, given.steps, given.threads)
                for dp in given.dp}

@@ -29,7 +29,7 @@ from spd_core.train import build_optimizer
 from spd_launch.compose import compose
 from spd_launch.config import run_config
 from spd_launch.ports import free_port
-from spd_launch.task import MALLOC
+from spd_launch.task import TUNING
 from spd_launch.validate import validate
 
 N_WARMUP = 5
@@ -51,7 +51,7 @@ def main() -> None:
     config, data = composed(arguments.experiment, [*overrides, f"dp={arguments.dp}"])
     port = free_port("step", 0)
     shared = (config, data, arguments.steps, arguments.device, arguments.threads, port)
-    os.environ.update(MALLOC)  # read as a process starts, so one rank is a process of its own too
+    os.environ.update(TUNING)  # read as a process starts, so one rank is a process of its own too
     spawn(run_rank, shared, nprocs=arguments.dp)
 
 

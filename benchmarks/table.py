@@ -29,7 +29,7 @@ from benchmarks.step import composed, with_random_target
 from spd_core.distributed import Dist
 from spd_core.step import optimisation_step
 from spd_core.train import build_optimizer
-from spd_launch.task import MALLOC
+from spd_launch.task import TUNING
 
 How = Literal["naive", "eager", "best", "bf16"]
 HOW: tuple[How, ...] = ("naive", "eager", "best", "bf16")
@@ -61,7 +61,7 @@ def main() -> None:
 
 def measure(experiment: str, steps: int, n_threads: int) -> dict[str, dict[str, float]]:
     """Median seconds and peak MiB of each way, which take turns."""
-    os.environ.update(MALLOC)  # read as a process starts
+    os.environ.update(TUNING)  # read as a process starts
     context, lines = get_context("spawn"), {}
     for how in HOW:
         ours, theirs = context.Pipe()

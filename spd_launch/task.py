@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 
 STOPPED = 130  # exit code of a local run that was asked to stop
 OWNER_S, TAKEOVER_S = 5.0, 120.0  # how often an attempt looks whether it is the last, and may take
-# Else glibc gives the memory of every large tensor back to the kernel, which fills each page of the
-# next one with zeros: half the time of a toy model's step.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+# Else freed memory goes back to the kernel, which zeroes each page of the next tensor (half of a toy
+# step), and a thread waits spinning for one that a busy machine has stopped (ten times a step).
+TUNING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "GOMP_SPINCOUNT": "10000"}
 
 
 def rank_environment(cluster: ClusterConfig, python_path: Path) -> dict[str, str]:
@@ -68,7 +68,7 @@ def rank_environment(cluster: ClusterConfig, python_path: Path) -> dict[str, str
         "OMP_NUM_THREADS": str(cluster.cpus_per_task),
         "NCCL_DEBUG": "WARN",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-        **MALLOC,
+        **TUNING,
         **cluster.env,
     }
 
