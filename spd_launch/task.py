@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 
 STOPPED = 130  # exit code of a local run that was asked to stop
 OWNER_S, TAKEOVER_S = 5.0, 120.0  # how often an attempt looks whether it is the last, and may take
-# Else freed memory goes back to the kernel, which zeroes each page of the next tensor (half of a toy
-# step), and a thread waits spinning for one that a busy machine has stopped (ten times a step).
+# Else freed memory goes to the kernel, which zeroes each page of the next tensor (half of a toy
+# step), and a thread that waits spins on a core of a busy machine (a step takes ten times longer).
 TUNING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "GOMP_SPINCOUNT": "10000"}
 
 
