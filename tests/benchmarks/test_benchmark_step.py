@@ -15,8 +15,9 @@ def test_one_json_line_of_consistent_figures(dp: int) -> None:
     command = [sys.executable, "-m", "benchmarks.step", "--experiment", "tms_5-2", "--batch", "32"]
     options = ["--steps", "3", "--threads", "1", "--dp", str(dp)]
     done = subprocess.run(
-        [*command, *options], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+        [*command, *options], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
     )
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert 0 < result["min_s"] <= result["median_s"]
     assert result["tokens_or_examples_per_s"] == pytest.approx(32 / result["median_s"])
