@@ -48,7 +48,7 @@ class MaskInfo:
 
     mask: Float[Tensor, "... C"] | None
     delta_mask: Float[Tensor, "..."] | None
-    rows: "Rows | None"
+    rows: Rows | None
 
 
 @dataclass(frozen=True)
@@ -212,11 +212,11 @@ class ComponentModel(nn.Module):
             if info is not None and not first:
                 first.append(x)
             rows, n_dims = None if info is None else info.rows, out.dim() - 1
-            is_own = own_acts and name in own_acts and first and x is first[0]
+            own = own_acts.get(name) if own_acts and first and x is first[0] else None
             if rows is not None and len(x) == 1:  # position embeddings, as in `run_target`
                 x, out = (t.expand(len(batch), *t.shape[1:]) for t in (x, out))
-            if own_acts and is_own:
-                inner_acts = at_rows(own_acts[name], rows, n_dims)
+            if own is not None:
+                inner_acts = at_rows(own, rows, n_dims)
             else:
                 inner_acts = components.inner_acts(at_rows(x, rows, n_dims))
             if cache is not None:

@@ -122,13 +122,13 @@ class RunConfig(BaseConfig):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         takes = {f"target.kind={self.target.kind}": data_kind_of(self.target)}
-        metrics = self.eval.metrics.configured().keys() & DATA_OF.keys()
-        for part, kind in (takes | {f"eval.metrics.{n}": DATA_OF[n] for n in metrics}).items():
+        metrics = self.eval.metrics.configured()
+        takes |= {f"eval.metrics.{n}": kind for n, kind in DATA_OF.items() if n in metrics}
+        for part, kind in takes.items():
             if kind not in (None, self.data.kind):
                 off = f"; {part}=null leaves it out" if part.startswith("eval") else ""
-                raise ValueError(
-                    f"data.kind={self.data.kind} does not fit {part}, which takes {kind}{off}"
-                )
+                misfit = f"data.kind={self.data.kind} does not fit {part}, which takes {kind}"
+                raise ValueError(misfit + off)
         dp, batch, micro = self.dp, self.train.batch_size, self.train.microbatch_size
         if batch % dp:
             raise ValueError(f"train.batch_size={batch} does not divide by dp={dp}")
