@@ -99,10 +99,8 @@ def accumulate_gradients(
 
 def coefficients(config: RunConfig, step: int) -> dict[str, float]:
     """The weight of every loss at a step (0-based)."""
-    return {
-        name: schedule_value(loss.coeff, step, config.train.steps)
-        for name, loss in config.losses.configured().items()
-    }
+    losses, steps = config.losses.configured(), config.train.steps
+    return {name: schedule_value(loss.coeff, step, steps) for name, loss in losses.items()}
 
 
 def schedules(config: RunConfig, step: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -164,7 +164,7 @@ def _loop(
             if logged:
                 values = result.values() | means(over_ranks("sum", l0_of_step, dist))
                 l0_of_step.clear()
-                if _must_go_back(t, values, step, run_dir):
+                if _must_go_back(t, values, step, run_dir, writing):
                     return "rewind"
                 unit = "tokens" if result.n_positions > config.train.batch_size else "examples"
                 values[f"{unit}_per_s"] = result.n_positions / step_s
@@ -178,7 +178,7 @@ def _loop(
         stopping = distributed.any_rank(after_step(step, values), dist)
         saving = stopping or step % config.checkpoint.every_steps == 0 or step == steps
         if saving:
-            if _must_go_back(t, result.values(), step, run_dir):
+            if _must_go_back(t, result.values(), step, run_dir, writing):
                 return "rewind"
             began, extra = time.perf_counter(), over_ranks("min", t.positions_ago, dist)
             if dist.is_main:
@@ -193,14 +193,16 @@ def _loop(
     return "finished" if step == steps else "stopped"
 
 
-def _must_go_back(t: Training, values: dict[str, float], step: int, run_dir: RunDir) -> bool:
+def _must_go_back(
+    t: Training, values: dict[str, float], step: int, run_dir: RunDir, writing: Future
+) -> bool:
     """Whether a value is not finite, on any rank, and other batches may help.
 
     From then on the run is a function of its seed and `rewinds.json`; what stops saved since goes.
     """
-    finite = all(abs(value) < float("inf") for value in values.values())
-    if not distributed.any_rank(not finite, t.dist):
+    if not distributed.any_rank(not all(abs(v) < float("inf") for v in values.values()), t.dist):
         return False
+    writing.result()  # a checkpoint on its way counts as saved
     numbers = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
     saved, every = checkpoint.checkpoint_steps(run_dir), t.config.checkpoint.every_steps
     problem = f"not finite at step {step}: {numbers}; last checkpoints: {saved}"
