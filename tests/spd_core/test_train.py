@@ -439,8 +439,8 @@ def test_a_damaged_checkpoint_of_a_rewind_changes_nothing(start, bad_draws):
 
 
 def test_where_rewinds_do_not_help_the_run_ends_as_without_them(start, bad_draws, monkeypatch):
-    slow_disk, words = os.fsync, {}
-    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(0.1) or slow_disk(file))
+    slow_disk, words = os.rename, {}
+    monkeypatch.setattr(os, "rename", lambda *paths: time.sleep(0.7) or slow_disk(*paths))
     for on_nan in ("stop", "rewind"):
         with pytest.raises(FloatingPointError) as error:
             start(on_nan, bad_draws(*range(3, 100, 6), on_nan=on_nan))
