@@ -1,7 +1,5 @@
 """Toy residual MLP: features embedded at random, MLPs that compute ReLU, a read-out."""
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,8 +20,10 @@ class MLP(nn.Module):
         self.mlp_in = nn.Linear(d_embed, d_mlp, bias=False)
         self.mlp_out = nn.Linear(d_mlp, d_embed, bias=False)
         with torch.no_grad():
-            self.mlp_in.weight.normal_(0, math.sqrt(2 / d_embed), generator=generator)
-            self.mlp_out.weight.normal_(0, math.sqrt(1 / d_mlp), generator=generator)
+            # torch's own linear initialisation, from an explicit stream. From a larger start one
+            # layer takes whole features for itself, which the others then do not compute.
+            self.mlp_in.weight.uniform_(-(d_embed**-0.5), d_embed**-0.5, generator=generator)
+            self.mlp_out.weight.uniform_(-(d_mlp**-0.5), d_mlp**-0.5, generator=generator)
 
     def forward(self, x: Float[Tensor, "batch d_embed"]) -> Float[Tensor, "batch d_embed"]:
         return self.mlp_out(self.mlp_in(x).relu())
@@ -65,7 +65,19 @@ def train_resid_mlp(
 
 @torch.no_grad()
 def resid_mlp_problem(model: ResidMLP) -> str | None:
-    """What makes it a bad target: a feature that no neuron raises above its own residual, 1."""
-    out = model(torch.eye(len(model.W_E))).diagonal()
+    """What makes it a bad target: a feature that no neuron raises above its own residual, 1.
+
+    Or one that some layer leaves to the others: its part of the output is less than half as long
+    as that of the layer's median feature.
+    """
+    residual = model.W_E
+    for i, layer in enumerate(model.layers):
+        part = layer(residual)
+        residual = residual + part
+        lengths = (part @ model.W_E.T).norm(dim=1)
+        left = torch.nonzero(~(lengths >= lengths.median() / 2)).flatten().tolist()
+        if left:
+            return f"leaves features {left} to other layers than {i}"
+    out = (residual @ model.W_E.T).diagonal()
     missing = [i for i, value in enumerate(out.tolist()) if not value >= 1.25]
     return f"computes no ReLU of features {missing}" if missing else None

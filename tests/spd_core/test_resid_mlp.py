@@ -56,3 +56,15 @@ def test_an_untrained_model_is_a_bad_target(config):
     for layer in model.layers:
         layer.mlp_out.weight.data.zero_()
     assert "no ReLU of features [0, 1, 2, 3, 4, 5]" in resid_mlp_problem(model)
+
+
+def test_a_layer_that_leaves_a_feature_to_the_other_makes_a_bad_target(config):
+    """Both layers double what is positive of each feature; then the second forgets feature 3."""
+    model = make(config("target.n_layers=2", "target.d_embed=6", "target.d_mlp=6"))
+    model.W_E.copy_(torch.eye(6))
+    for layer in model.layers:
+        layer.mlp_in.weight.data.copy_(torch.eye(6))
+        layer.mlp_out.weight.data.copy_(torch.eye(6))
+    assert resid_mlp_problem(model) is None
+    model.layers[1].mlp_in.weight.data[3, 3] = 0.45
+    assert resid_mlp_problem(model) == "leaves features [3] to other layers than 1"
