@@ -12,11 +12,12 @@ N_EXAMPLES = 1024  # not those of a step, so that microbatches and their size ch
 
 @torch.no_grad()
 def start_from_examples(d: Decomposition) -> None:
-    """Set V[:, c] U[c] = (d_in / C) e (W e)^T, e the direction of a random input of the module.
+    """Set V[:, c] U[c] = (r / C) e (W e)^T, e the direction of a random input of the module.
 
-    Each subcomponent then reads what occurs in the data, not a random mixture of it; where inputs
-    point evenly in all directions, they add up to W. V[:, c] and U[c] are of equal length. Inputs
-    of zero do not count. Tied modules start as each other's transpose. The same on every rank.
+    r is the rank of 1024 such inputs. Each subcomponent then reads what occurs in the data, not a
+    random mixture of it; where inputs point evenly in all directions of the space that they span,
+    they add up to W on it. V[:, c] and U[c] are of equal length. Inputs of zero do not count. Tied
+    modules start as each other's transpose. The same on every rank.
 
     Raises:
         ValueError: a module's input is zero at all examples.
@@ -34,12 +35,15 @@ def start_from_examples(d: Decomposition) -> None:
                 f"decompose.start=examples: the input of {name!r} is zero at all "
                 f"{len(inputs[name])} examples; use start=random"
             )
+        some = x[:N_EXAMPLES]
+        tokens = not some.is_floating_point()
+        rank = len(some.unique()) if tokens else int(torch.linalg.matrix_rank(some.float()))
         generator = stream(config.seed, f"start:{name}", device=device)
         rows = torch.randint(len(x), (C,), generator=generator, device=device)
         # A token stands for the one-hot vector that an embedding multiplies.
         x = x[rows] if x.is_floating_point() else F.one_hot(x[rows], d_in)
         direction = F.normalize(x.to(components.V.dtype), dim=1)
-        effect = direction @ components.weight.T.to(direction.dtype) * (d_in / C)
+        effect = direction @ components.weight.T.to(direction.dtype) * (rank / C)
         scale = effect.norm(dim=1, keepdim=True).clamp(min=1e-6).sqrt()
         components.V.copy_((direction * scale).T)
         components.U.copy_(effect / scale)

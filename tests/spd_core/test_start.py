@@ -59,6 +59,19 @@ def test_many_subcomponents_of_even_inputs_add_up_to_the_weight(
     assert torch.allclose((linear1.V @ linear1.U).T, model.target.linear1.weight, atol=0.1)
 
 
+def test_they_add_up_to_the_weight_where_inputs_span_a_part_of_the_space(
+    make_config, one_process, tmp_path
+):
+    net = nn.Sequential(nn.Linear(5, 40, bias=False), nn.Linear(40, 3))
+    net.requires_grad_(False)[0].weight.copy_(torch.linalg.qr(torch.randn(40, 5))[0])
+    config = make_config("data.generation=exactly_one_active")
+    decompose = config.decompose.model_copy(update={"modules": {"1": 3000}, "tied": []})
+    config = config.model_copy(update={"decompose": decompose})
+    last = started(config, ComponentModel(net, decompose, 0), one_process, tmp_path)["1"]
+    on_it = net[1].weight @ net[0].weight
+    assert torch.allclose((last.V @ last.U).T @ net[0].weight, on_it, atol=0.05)
+
+
 def test_an_embedding_reads_single_tokens(make_config, one_process, tmp_path):
     class Net(nn.Module):
         def __init__(self):
