@@ -3,7 +3,7 @@
     python -m spd_analysis.gallery RUN_FOLDER [RUN_FOLDER ...] [--out docs/gallery.md]
 
 Runs of one experiment share a section: a table with a row per seed, and the main figures of the
-seed that comes first.
+seed that comes first. Sections of other experiments that the page has already stay as they are.
 """
 
 import argparse
@@ -45,23 +45,23 @@ def write_gallery(runs: list[RunDir], page: Path) -> None:
             )
         seeds[config.seed] = run_dir
     pictures = page.with_suffix("")
-    shutil.rmtree(pictures, ignore_errors=True)
-    pictures.mkdir(parents=True)
-    sections = [HEAD]
-    for experiment, seeds in sorted(by_experiment.items()):
+    pictures.mkdir(parents=True, exist_ok=True)
+    there = page.read_text().split("\n## ")[1:] if page.exists() else []
+    sections = {text.split("\n")[0]: f"## {text.rstrip()}\n" for text in there}
+    for experiment, seeds in by_experiment.items():
         first = seeds[min(seeds)]
         config = load_config(first.config_file)
-        sections.append(_section(experiment, seeds, config))
+        parts = [_section(experiment, seeds, config)]
         for name in FIGURES:
             picture = first.figures / f"step_{config.train.steps}" / f"{name}.png"
+            copy = pictures / f"{experiment}-{name}.png"
+            copy.unlink(missing_ok=True)
             if picture.exists():
-                copy = pictures / f"{experiment}-{name}.png"
                 shutil.copyfile(picture, copy)
                 title, caption = CAPTIONS[name]
-                sections.append(
-                    f"![{title}]({pictures.name}/{copy.name})\n\n*{title}.* {caption}\n"
-                )
-    write_atomic(page, "\n".join(sections))
+                parts.append(f"![{title}]({pictures.name}/{copy.name})\n\n*{title}.* {caption}\n")
+        sections[experiment] = "\n".join(parts)
+    write_atomic(page, "\n".join([HEAD, *(sections[name] for name in sorted(sections))]))
 
 
 def _section(experiment: str, runs: dict[int, RunDir], config: RunConfig) -> str:

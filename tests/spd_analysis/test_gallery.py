@@ -28,11 +28,23 @@ def test_a_section_holds_every_seed_and_the_figures_of_the_first(trained, tmp_pa
     assert (page.parent / picture).read_bytes() == shown
 
 
-def test_a_second_gallery_leaves_no_picture_of_the_first(trained, tmp_path):
+def test_a_section_written_again_leaves_no_picture_of_the_first(trained, tmp_path):
     page = tmp_path / "gallery.md"
     write_gallery([trained("run", ONE_FIGURE)], page)
     write_gallery([trained("bare", "eval.metrics.losses={when:slow}")], page)
     assert not list((tmp_path / "gallery").iterdir())
+
+
+def test_sections_of_other_experiments_stay(trained, tmp_path):
+    together, page = tmp_path / "together.md", tmp_path / "gallery.md"
+    one, other = (trained(n, ONE_FIGURE, f"experiment={n}") for n in ("tms_5-2", "tms_5-2-id"))
+    write_gallery([one, other], together)
+    write_gallery([other], page)
+    write_gallery([trained("again", ONE_FIGURE)], page)
+    write_gallery([one], page)
+    assert page.read_text() == together.read_text().replace("(together/", "(gallery/")
+    names = [{f.name for f in (tmp_path / p).iterdir()} for p in ("together", "gallery")]
+    assert names[0] == names[1] and len(names[0]) == 2
 
 
 def test_runs_that_cannot_be_shown_are_refused_by_name(trained, make_run_dir, tmp_path):
