@@ -67,15 +67,15 @@ def train_resid_mlp(
 def resid_mlp_problem(model: ResidMLP) -> str | None:
     """What makes it a bad target: a feature that no neuron raises above its own residual, 1.
 
-    Or one that some layer leaves to the others: its part of the output is less than half as long
-    as that of the layer's median feature.
+    Or one that some layer leaves to the others: its part of the output is less than a fifth as
+    long as that of the layer's median feature.
     """
     residual = model.W_E
     for i, layer in enumerate(model.layers):
         part = layer(residual)
         residual = residual + part
         lengths = (part @ model.W_E.T).norm(dim=1)
-        left = torch.nonzero(~(lengths >= lengths.median() / 2)).flatten().tolist()
+        left = torch.nonzero(~(lengths >= lengths.median() / 5)).flatten().tolist()
         if left:
             return f"leaves features {left} to other layers than {i}"
     out = (residual @ model.W_E.T).diagonal()

@@ -66,5 +66,7 @@ def test_a_layer_that_leaves_a_feature_to_the_other_makes_a_bad_target(config):
         layer.mlp_in.weight.data.copy_(torch.eye(6))
         layer.mlp_out.weight.data.copy_(torch.eye(6))
     assert resid_mlp_problem(model) is None
-    model.layers[1].mlp_in.weight.data[3, 3] = 0.45
+    model.layers[1].mlp_in.weight.data[3, 3] = 0.21
+    assert resid_mlp_problem(model) is None
+    model.layers[1].mlp_in.weight.data[3, 3] = 0.19
     assert resid_mlp_problem(model) == "leaves features [3] to other layers than 1"
