@@ -23,7 +23,7 @@ from spd_analysis.clustering.config import DEFAULT, ClusteringConfig, load_confi
 from spd_analysis.clustering.cost import rank
 from spd_analysis.clustering.figures import draw_clustering
 from spd_analysis.clustering.history import History, Source, load, members, save
-from spd_analysis.clustering.known import features_found
+from spd_analysis.clustering.known import features_found, features_joined, modules_held
 from spd_analysis.clustering.merge import cluster
 from spd_analysis.launches import rewritten
 from spd_analysis.observe import load_decomposition
@@ -75,10 +75,11 @@ def cluster_run(
         ci = single_feature_ci(d.model, n_features(d.config))
         ci = {name: ci[name].cpu().numpy() for name in matching(list(ci), config.modules)}
         (labels,) = history.labels(n, np.array([history.best]))
-        found = features_found(ci, activations.subcomponents, labels)
+        held = modules_held(ci, activations.subcomponents, labels)
         console.print(
-            f"{found.sum()} of {len(found)} features have a group of their own that holds a "
-            f"subcomponent of theirs of every module ({', '.join(ci)})"
+            f"{features_found(held, len(ci)).sum()} of {len(held)} features have a group of their "
+            f"own that holds a subcomponent of theirs of every module ({', '.join(ci)}); "
+            f"{features_joined(held, len(ci)).sum()} have one that may be of other features too"
         )
     return folder
 
