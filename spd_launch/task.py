@@ -64,6 +64,7 @@ def rank_environment(cluster: ClusterConfig, python_path: Path) -> dict[str, str
         "PYTHONPATH": f"{python_path}:{inherited}" if inherited else str(python_path),
         "PYTHONSAFEPATH": "1",  # else the current directory comes before the snapshot
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # where native code crashes, every thread's Python stack
         "SPD_CODE": str(python_path),
         "OMP_NUM_THREADS": str(cluster.cpus_per_task),
         "NCCL_DEBUG": "WARN",

@@ -1,6 +1,7 @@
 """The benchmark of one step, run as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ ROOT = Path(__file__).parent.parent.parent
 def test_one_json_line_of_consistent_figures(dp: int) -> None:
     command = [sys.executable, "-m", "benchmarks.step", "--experiment", "tms_5-2", "--batch", "32"]
     options = ["--steps", "3", "--threads", "1", "--dp", str(dp)]
+    crashes = os.environ | {"PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(
-        [*command, *options], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        [*command, *options], cwd=ROOT, env=crashes, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
