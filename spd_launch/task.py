@@ -200,7 +200,6 @@ def _lock(run_dir: RunDir, place: Place) -> TextIO:
         write_atomic(owner, own)
         time.sleep(1)
     write_atomic(owner, own)
-
     threading.Thread(target=_end_when_superseded, args=(owner, own), daemon=True).start()
     return file
 
