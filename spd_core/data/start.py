@@ -27,21 +27,20 @@ def start_from_examples(d: Decomposition) -> None:
     _, inputs = d.model.run_target(draw_examples(config, d.data, part, "start"))
     for name, components in d.model.components.items():
         d_in, C = components.V.shape
-        x = inputs[name]
-        x = x.flatten(0, -2) if x.is_floating_point() else x.flatten()
-        x = x[x.any(1)] if x.is_floating_point() else x
+        x, tokens = inputs[name], not inputs[name].is_floating_point()
+        x = x.flatten() if tokens else x.flatten(0, -2)
+        x = x if tokens else x[x.any(1)]
         if len(x) == 0:
             raise ValueError(
                 f"decompose.start=examples: the input of {name!r} is zero at all "
                 f"{len(inputs[name])} examples; use start=random"
             )
         some = x[:N_EXAMPLES]
-        tokens = not some.is_floating_point()
         rank = len(some.unique()) if tokens else int(torch.linalg.matrix_rank(some.float()))
         generator = stream(config.seed, f"start:{name}", device=device)
         rows = torch.randint(len(x), (C,), generator=generator, device=device)
         # A token stands for the one-hot vector that an embedding multiplies.
-        x = x[rows] if x.is_floating_point() else F.one_hot(x[rows], d_in)
+        x = F.one_hot(x[rows], d_in) if tokens else x[rows]
         direction = F.normalize(x.to(components.V.dtype), dim=1)
         effect = direction @ components.weight.T.to(direction.dtype) * (rank / C)
         scale = effect.norm(dim=1, keepdim=True).clamp(min=1e-6).sqrt()
