@@ -166,10 +166,9 @@ def losses(
                 found[name] = stochastic(f"{name}:0:{first}", routes)
             case "pgd_recon_subset":
                 assert isinstance(loss, PGDReconConfig) and loss.scope == "shared_across_batch"
-                stream = randomness.shared_stream(f"{name}:sources")
-                routes, ones, sources = k_subset(f"{name}:route"), (1,) * (1 + len(shape)), {}
-                for n, v in g.items():
-                    sources[n] = torch.rand(*ones, v.shape[-1] + 1, generator=stream, device=device)
+                stream, ones = randomness.shared_stream(f"{name}:sources"), (1,) * len(shape)
+                sources = {n: stream.uniform(*ones, v.shape[-1] + 1) for n, v in g.items()}
+                routes = k_subset(f"{name}:route")
                 ci = {n: v.detach() for n, v in lower.items()}
                 for _ in range(loss.n_steps):
                     leaves = [v.requires_grad_() for v in sources.values()]
@@ -191,7 +190,9 @@ def naive_step(
     step: int,
 ) -> None:
     optimizer.zero_grad()
-    terms = losses(config, model, data, step)
+    bf16 = config.train.autocast == "bf16"
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16):
+        terms = losses(config, model, data, step)
     options, steps = config.losses.configured(), config.train.steps
     weighted = [schedule_value(options[n].coeff, step, steps) * v for n, v in terms.items()]
     torch.stack(weighted).sum().backward()

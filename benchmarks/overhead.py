@@ -53,7 +53,7 @@ def measure(config: RunConfig, run_dir: RunDir, steps: int, every: int) -> dict[
     step_s, step_cpu_s = [], []
     for step in range(steps + 2):
         started, cpu = time.perf_counter(), time.process_time()
-        optimisation_step(d, optimizer, step, step, lambda _ci: None)
+        optimisation_step(d, optimizer, step, step, lambda _batch: {})
         step_s.append(time.perf_counter() - started)
         step_cpu_s.append(time.process_time() - cpu)
     copied_s, written_s, checkpoint_cpu_s, state = [], [], [], {}

@@ -219,9 +219,10 @@ def run_rank(
     optimizer, seconds = build_optimizer(config, d.model), []
     n_tokens, n_active = 0, 0
 
-    def observe(batch: Any) -> None:
+    def observe(batch: Any) -> dict:
         nonlocal n_tokens, n_active
         n_tokens, n_active = batch.n_positions, (batch.active or batch).n_positions
+        return {}
 
     for step in range(N_WARMUP + steps):
         distributed.barrier(dist)

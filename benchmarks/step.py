@@ -94,12 +94,12 @@ def measure(
     d = with_random_target(config, data, dist)
     optimizer = build_optimizer(config, d.model)
     for step in range(N_WARMUP):
-        optimisation_step(d, optimizer, step, step, lambda _ci: None)
+        optimisation_step(d, optimizer, step, step, lambda _batch: {})
     seconds = []
     for step in range(N_WARMUP, N_WARMUP + steps):
         _synchronise(dist)
         started = time.perf_counter()
-        optimisation_step(d, optimizer, step, step, lambda _ci: None)
+        optimisation_step(d, optimizer, step, step, lambda _batch: {})
         _synchronise(dist)
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds)

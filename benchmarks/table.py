@@ -104,7 +104,7 @@ def make_step(experiment: str, how: How) -> Callable[[int], object]:
         naive = torch.optim.AdamW(d.model.parameters(), weight_decay=0.0)
         return lambda step: naive_step(config, d.model, data, naive, step)
     optimizer = build_optimizer(config, d.model)
-    return lambda step: optimisation_step(d, optimizer, step, step, lambda _batch: None)
+    return lambda step: optimisation_step(d, optimizer, step, step, lambda _batch: {})
 
 
 def table(results: dict[str, dict], last: dict[str, dict]) -> Table:

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spd_core import native
 from spd_core.components import LinearComponents
 from spd_core.config import AnyCiFnConfig, CiFnConfig, CustomCiFnConfig
+from spd_core.fast import mlps, native
+from spd_core.fast.fused import fused
 from spd_core.parts import load_part
 
 LEAK = 0.01
@@ -51,6 +52,17 @@ def upper_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return x.clamp(0, 1) + LEAK * (x - 1).clamp(min=0)
 
 
+def _leaky_hard_pair(pre_sigmoid: Tensor, binomial_noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    g, jittered = _full(pre_sigmoid, binomial_noise)
+    return lower_leaky_hard(jittered), upper_leaky_hard(g)
+
+
+def _full(pre_sigmoid: Tensor, binomial_noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    # Under autocast too, masks and powers need the precision.
+    g = pre_sigmoid.to(torch.promote_types(pre_sigmoid.dtype, torch.float32))
+    return g, g if binomial_noise is None else 1.05 * g - 0.05 * binomial_noise
+
+
 def swish_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return (x * torch.sigmoid(10 * x)).clamp(0, 1)
 
@@ -61,20 +73,19 @@ def apply_sigmoid(
     binomial_noise: Float[Tensor, "... C"] | None,
 ) -> CausalImportance:
     """The pair of values; under binomial sampling `lower` sees 1.05 g - 0.05 u, u ~ U(0, 1)."""
-    # Under autocast too, masks and powers need the precision.
-    g = pre_sigmoid.to(torch.promote_types(pre_sigmoid.dtype, torch.float32))
-    jittered = g if binomial_noise is None else 1.05 * g - 0.05 * binomial_noise
+    g, jittered = _full(pre_sigmoid, binomial_noise)
     match sigmoid:
         case "leaky_hard" if binomial_noise is None and native.is_native(g):
-            return CausalImportance(*native.leaky_hard(g), g)
+            return CausalImportance(*native.leaky_hard(g), pre_sigmoid)
         case "leaky_hard":
-            return CausalImportance(lower_leaky_hard(jittered), upper_leaky_hard(g), g)
+            pair = fused(_leaky_hard_pair, g.device)(pre_sigmoid, binomial_noise)
+            return CausalImportance(*pair, pre_sigmoid)
         case "normal":
-            return CausalImportance(torch.sigmoid(jittered), torch.sigmoid(g), g)
+            return CausalImportance(torch.sigmoid(jittered), torch.sigmoid(g), pre_sigmoid)
         case "hard":
-            return CausalImportance(jittered.clamp(0, 1), g.clamp(0, 1), g)
+            return CausalImportance(jittered.clamp(0, 1), g.clamp(0, 1), pre_sigmoid)
         case "swish_hard":
-            return CausalImportance(swish_hard(jittered), swish_hard(g), g)
+            return CausalImportance(swish_hard(jittered), swish_hard(g), pre_sigmoid)
 
 
 class CiFn(nn.Module):
@@ -107,8 +118,9 @@ class CiFn(nn.Module):
                 assert inner_acts is not None
                 *positions, C = inner_acts.shape
                 x = inner_acts.reshape(-1, C)
-                if len(inner) == 1 and native.is_native(x):
-                    g = native.scalar_mlps(x, *inner[0], last_weight, last_bias)
+                if len(inner) == 1 and (x.is_cuda or native.is_native(x)):
+                    scalar_mlps = mlps.scalar_mlps if x.is_cuda else native.scalar_mlps
+                    g = scalar_mlps(x, *inner[0], last_weight, last_bias)
                     return g.view(inner_acts.shape)
                 h = x.T.unsqueeze(1)
             case "vector_mlp":

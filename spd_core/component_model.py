@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from spd_core.ci_fns import CausalImportance, apply_sigmoid, make_ci_fn
 from spd_core.components import Identity, LinearComponents, check_decomposable, is_decomposable, tie
 from spd_core.config import DecomposeConfig
-from spd_core.randomness import BatchStream, stream
+from spd_core.fast.masked import DrawnMask
+from spd_core.randomness import Stream, stream
 from spd_core.targets.select import select_output
 
 ROUND = 32
@@ -32,23 +33,23 @@ class Rows:
     n: int
 
     @staticmethod
-    def of(chosen: Bool[Tensor, "..."], device: torch.device) -> "Rows":
+    def of(chosen: Bool[Tensor, "..."]) -> "Rows":
         """Where `chosen` is true."""
         rows = chosen.flatten().nonzero()[:, 0]
-        fill = rows[:1].expand(-len(rows) % ROUND)
-        return Rows(torch.cat([rows, fill]).to(device, non_blocking=True), len(rows))
+        return Rows(torch.cat([rows, rows[:1].expand(-len(rows) % ROUND)]), len(rows))
 
 
 @dataclass(frozen=True)
 class MaskInfo:
     """How one module runs: masks of its subcomponents and delta, and where it runs on them.
 
-    With `rows` the masks are for these alone: (n, C) and (n,). None = everywhere.
+    With `rows` the masks are for these alone: (n, C) and (n,). Where a device is not to be waited
+    for, it says of each position whether it is one, and masks are for all. None = everywhere.
     """
 
-    mask: Float[Tensor, "... C"] | None
+    mask: Float[Tensor, "... C"] | DrawnMask | None
     delta_mask: Float[Tensor, "..."] | None
-    rows: Rows | None
+    rows: Rows | Bool[Tensor, "..."] | None
 
 
 @dataclass(frozen=True)
@@ -226,16 +227,19 @@ class ComponentModel(nn.Module):
                 return out
             its_out = at_rows(out, rows, n_dims)
             masked = components(inner_acts, its_out, info.mask, info.delta_mask)
-            if rows is None:
-                return masked
-            n = rows.n
-            return out.flatten(0, -2).index_copy(0, rows.index[:n], masked[:n]).view_as(out)
+            match rows:
+                case None:
+                    return masked
+                case Tensor():
+                    return torch.where(rows.unsqueeze(-1), masked, out)
+                case Rows(index=at, n=n):
+                    return out.flatten(0, -2).index_copy(0, at[:n], masked[:n]).view_as(out)
 
         with self._hooks(masks if cache is None else self.components, put_in):
             return select_output(self.target(batch), self.output)
 
     def causal_importances(
-        self, inputs: dict[str, Float[Tensor, "... d_in"]], noise: BatchStream | None
+        self, inputs: dict[str, Float[Tensor, "... d_in"]], noise: Stream | None
     ) -> tuple[dict[str, CausalImportance], dict[str, Float[Tensor, "... C"]]]:
         """Causal importances of every module, and x V of those where it is needed once more.
 
@@ -270,9 +274,9 @@ class ComponentModel(nn.Module):
             yield
 
 
-def at_rows(x: Tensor, rows: Rows | None, n_dims: int) -> Tensor:
+def at_rows(x: Tensor, rows: Rows | Bool[Tensor, "..."] | None, n_dims: int) -> Tensor:
     """x at some of its positions, which are its first n_dims dimensions; (n_filled_up, ...)."""
-    return x if rows is None else x.flatten(0, n_dims - 1).index_select(0, rows.index)
+    return x.flatten(0, n_dims - 1).index_select(0, rows.index) if isinstance(rows, Rows) else x
 
 
 def _refusal(name: str, why: str) -> ValueError:

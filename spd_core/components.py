@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spd_core.fast.masked import DrawnMask, masked
+
 
 class Identity(nn.Module):
     """An identity matrix of d features, inserted before a module so that it can be decomposed."""
@@ -83,7 +85,7 @@ class LinearComponents(nn.Module):
         self,
         inner_acts: Float[Tensor, "... C"],
         target_out: Float[Tensor, "... d_out"],
-        mask: Float[Tensor, "... C"] | None,
+        mask: Float[Tensor, "... C"] | DrawnMask | None,
         delta_mask: Float[Tensor, "..."] | None,
     ) -> Float[Tensor, "... d_out"]:
         """Masked output ((x V) * m) U + m_d x (W - (V U)^T)^T + b, of `inner_acts` x V.
@@ -95,13 +97,11 @@ class LinearComponents(nn.Module):
         if bias is not None:
             # A bias of half precision would round what is added to it and subtracted again.
             bias = bias.detach().to(torch.promote_types(bias.dtype, self.V.dtype))
-        if delta_mask is None:
-            out = (inner_acts if mask is None else inner_acts * mask) @ self.U
-            return (out if bias is None else out + bias).to(target_out.dtype)
-        m_d = delta_mask.unsqueeze(-1)
-        difference = (1 if mask is None else mask) - m_d
-        y = target_out if bias is None else target_out - bias
-        out = torch.addcmul((inner_acts * difference) @ self.U, m_d, y)
+        masked_acts, m_d = masked(inner_acts, mask, delta_mask)
+        out = masked_acts @ self.U
+        if m_d is not None:
+            y = target_out if bias is None else target_out - bias
+            out = torch.addcmul(out, m_d, y)
         return (out if bias is None else out + bias).to(target_out.dtype)
 
 

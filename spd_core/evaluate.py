@@ -21,6 +21,7 @@ from spd_core.losses import loss_parts, prepare_step
 from spd_core.metrics import Sums, add, ci, matching, means, outputs
 from spd_core.metrics.solutions import identity_ci_error, mmcs_ml2r, single_feature_ci
 from spd_core.parts import load_part
+from spd_core.schedule import annealed_ps
 
 
 def due_metrics(config: RunConfig, step: int) -> dict[str, options.MetricConfig]:
@@ -122,7 +123,8 @@ class Evaluation(Decomposition):
 
     def losses(self, losses: Mapping[str, LossConfig], batches: Batches, n: int) -> Sums:
         """Losses of n batches as those of one step, of which each is a part."""
-        step, sums = prepare_step(self, losses, batches, n, self.position), Sums()
+        p, sums = annealed_ps(losses, self.position), Sums()
+        step = prepare_step(self, losses, batches, n, p)
         for batch in batches():
             parts = {name: loss_parts(name, o, batch, step) for name, o in losses.items()}
             add(sums, self.pairs(parts))

@@ -1,17 +1,17 @@
 """Which modules run on their components, at which positions, under which masks."""
 
-from dataclasses import replace
-
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel, MaskInfo, Rows, at_rows
+from spd_core.components import DrawnMask
 from spd_core.config.losses import Routing, StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
+from spd_core.randomness import CountedStream
 
-Routes = dict[str, Rows | None]
+Routes = dict[str, Rows | Bool[Tensor, "..."] | None]
 """Where a module runs on its components; None = everywhere. Modules left out never do."""
 
 Sources = dict[str, Float[Tensor, "... C_or_C_plus_1"]]
@@ -27,28 +27,28 @@ def draw_routes(batch: Batch, routing: Routing, purpose: str) -> list[Routes]:
     Raises:
         ValueError: modules that run at unlike positions are to be routed.
     """
-    names, shape, device = list(batch.ci), batch.positions, batch.randomness.device
-    # Drawn beside the device: a GPU would have to be waited for to know how many rows there are.
-    beside = replace(batch.randomness, device=torch.device("cpu"))
+    names, shape, randomness = list(batch.ci), batch.positions, batch.randomness
     match routing:
         case "all":
             return [dict.fromkeys(names)]
         case "layerwise":
             return [{name: None} for name in names]
         case UniformKSubsetConfig():
-            stream = beside.batch_stream(purpose)
+            stream = randomness.batch_stream(purpose)
             k = stream.integers(1, len(names) + 1, *shape)
-            first = torch.arange(len(names)) < k.unsqueeze(-1)
+            first = torch.arange(len(names), device=k.device) < k.unsqueeze(-1)
             chosen = first.scatter(-1, stream.uniform(*shape, len(names)).argsort(-1), first)
         case StaticProbabilityConfig(p=p):
-            chosen = beside.batch_stream(purpose).uniform(*shape, len(names)) < p
+            chosen = randomness.batch_stream(purpose).uniform(*shape, len(names)) < p
     for name, ci in batch.ci.items():
         if (at := ci.lower.shape[:-1]) != chosen.shape[:-1]:
             raise ValueError(
                 f"decompose.modules: {name!r} runs at positions {tuple(at)}, but routes are for "
                 f"{tuple(chosen.shape[:-1])}; leave it out"
             )
-    return [{name: Rows.of(chosen[..., i], device) for i, name in enumerate(names)}]
+    each = {name: chosen[..., i] for i, name in enumerate(names)}
+    # How many they are, a GPU would have to be waited for.
+    return [dict(each) if randomness.is_counted else {n: Rows.of(at) for n, at in each.items()}]
 
 
 def stochastic_masks(
@@ -56,6 +56,10 @@ def stochastic_masks(
 ) -> dict[str, MaskInfo]:
     """Masks with random sources for the routed modules; the delta's source is always U(0, 1)."""
     stream, sources = batch.randomness.batch_stream(purpose), {}
+    if isinstance(stream, CountedStream) and model.config.sampling == "continuous":
+        with_delta = model.config.delta_component
+        drawn = {n: DrawnMask(batch.ci[n].lower, stream.next(), with_delta) for n in routes}
+        return {n: MaskInfo(drawn[n], None, rows) for n, rows in routes.items()}
     for name in routes:
         *leading, C = batch.ci[name].lower.shape[1:]
         # One draw for the subcomponents and the delta: fewer passes over the generators.
@@ -74,7 +78,7 @@ def masks_from_sources(
     for name, rows in routes.items():
         lower, source = ci[name].lower, sources[name]
         n_dims, C = lower.dim() - 1, lower.shape[-1]
-        if rows is not None and source.shape[:-1].numel() == 1:  # one for all positions
+        if isinstance(rows, Rows) and source.shape[:-1].numel() == 1:  # one for all positions
             source = source.flatten(0, -2)
         else:
             source = at_rows(source, rows, n_dims)

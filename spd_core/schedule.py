@@ -1,9 +1,10 @@
 """One schedule for learning rates, loss coefficients and the p of importance minimality."""
 
 import math
+from collections.abc import Mapping
 
 from spd_core.base_config import ScheduleConfig
-from spd_core.config.losses import ImportanceMinimalityConfig
+from spd_core.config.losses import ImportanceMinimalityConfig, LossConfig
 
 
 def schedule_value(schedule: ScheduleConfig | float, step: int, steps: int) -> float:
@@ -29,3 +30,9 @@ def annealed_p(config: ImportanceMinimalityConfig, position: float) -> float:
     if position >= end:
         return config.p_anneal_final_p
     return config.p + (config.p_anneal_final_p - config.p) * (position - start) / (end - start)
+
+
+def annealed_ps(losses: Mapping[str, LossConfig], position: float) -> dict[str, float]:
+    """The p of every importance minimality."""
+    minimality = {n: o for n, o in losses.items() if isinstance(o, ImportanceMinimalityConfig)}
+    return {name: annealed_p(o, position) for name, o in minimality.items()}

@@ -1,21 +1,32 @@
 """One optimisation step: batches to losses, losses to gradients, gradients to new weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from spd_core import distributed
 from spd_core.config import RunConfig
-from spd_core.config.losses import ImportanceMinimalityConfig
 from spd_core.data.batches import Batch, Batches, Decomposition, training_batches
 from spd_core.losses import loss_parts, prepare_step
-from spd_core.schedule import annealed_p, schedule_value
+from spd_core.metrics import Sums, add
+from spd_core.schedule import annealed_ps, schedule_value
 
-Observe = Callable[[Batch], None]
+Observe = Callable[[Batch], Sums]
+Given = tuple[Int[Tensor, ""] | None, Float[Tensor, "batch ..."] | None]
+"""Where a recorded step finds its number, and examples that are not drawn on the device."""
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """What changes from step to step by plan, by loss: floats, or a recorded step's tensors."""
+
+    coeffs: dict[str, Any]
+    p: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,7 @@ class StepResult:
     total: Float[Tensor, ""]
     grad_norms: dict[str, Float[Tensor, ""]]
     n_positions: int
+    observed: Sums
 
     def values(self) -> dict[str, float]:
         """Everything by its name in metrics.jsonl; reads from the device."""
@@ -41,43 +53,65 @@ def optimisation_step(
     """Step number `step` (0-based); `observe` sees every microbatch.
 
     `draw` is the number that its batch and masks are drawn by: `step`, unless others are wanted.
+    """
+    set_lr(d.config, optimizer, step)
+    return descend(d, optimizer, draw, scheduled(d.config, step), observe, given=(None, None))
+
+
+def set_lr(config: RunConfig, optimizer: torch.optim.AdamW, step: int) -> None:
+    lr = schedule_value(config.train.lr, step, config.train.steps)
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def descend(
+    d: Decomposition,
+    optimizer: torch.optim.AdamW,
+    draw: int,
+    now: Scheduled,
+    observe: Observe,
+    given: Given,
+) -> StepResult:
+    """A step at the optimiser's own rate, without a wait for the device.
+
     Losses are over all ranks and microbatches, norms over the whole gradient before clipping.
     """
     optimizer.zero_grad(set_to_none=True)
     with d.autocast():
-        batches, n_micro = training_batches(d, draw)
-    losses, n_positions = accumulate_gradients(d, batches, n_micro, step, observe)
+        batches, n_micro = training_batches(d, draw, *given)
+    losses, observed, n_positions = accumulate_gradients(d, batches, n_micro, now, observe)
     distributed.sum_gradients(d.model.trained_parameters().values(), d.dist)
-    train, clip, inf = d.config.train, d.config.train.grad_clip, float("inf")
+    clip, inf = d.config.train.grad_clip, float("inf")
     norms = {  # before clipping, which is in place
         "components": clip_grad_norm_(d.model.component_parameters(), clip.components or inf),
         "ci_fns": clip_grad_norm_(d.model.ci_fn_parameters(), clip.ci_fns or inf),
     }
-    for group in optimizer.param_groups:
-        group["lr"] = schedule_value(train.lr, step, train.steps)
     optimizer.step()
-    coeffs = coefficients(d.config, step)
-    total = torch.stack([coeffs[name] * loss for name, loss in losses.items()]).sum()
-    return StepResult(losses, total, norms, n_positions * d.dist.world_size)
+    total = torch.stack([now.coeffs[name] * loss for name, loss in losses.items()]).sum()
+    return StepResult(losses, total, norms, n_positions * d.dist.world_size, observed)
 
 
 def accumulate_gradients(
-    d: Decomposition, batches: Batches, n_micro: int, step: int, observe: Observe
-) -> tuple[dict[str, Float[Tensor, ""]], int]:
+    d: Decomposition, batches: Batches, n_micro: int, now: Scheduled, observe: Observe
+) -> tuple[dict[str, Float[Tensor, ""]], Sums, int]:
     """Add this rank's gradient of the weighted losses to `.grad`.
 
-    Returns the losses over all ranks (detached), and this rank's number of positions.
+    Returns the losses over all ranks (detached), and of this rank what was observed and the number
+    of positions.
     """
-    losses, coeffs = d.config.losses.configured(), coefficients(d.config, step)
+    losses, observed = d.config.losses.configured(), Sums()
     with d.autocast():
-        whole = prepare_step(d, losses, batches, n_micro, step / d.config.train.steps)
+        whole = prepare_step(d, losses, batches, n_micro, now.p)
     totals, n_positions, counts = [], 0, dict[str, int]()
     # Nothing of a microbatch but its gradient outlives its turn.
     parts_of_batch = iter(batches())
     for _ in range(n_micro):
         with d.autocast():
             batch = next(parts_of_batch)
-            observe(batch)
+            add(observed, observe(batch))
             parts = {n: loss_parts(n, loss, batch, whole) for n, loss in losses.items()}
         for name, (_, count) in parts.items():
             if counts.setdefault(name, count) != count:
@@ -86,29 +120,33 @@ def accumulate_gradients(
                     "another; such a loss needs train.microbatch_size=null"
                 )
         sums = torch.stack([sum_ for sum_, _ in parts.values()])
-        both = torch.stack([sums.detach(), sums.new_tensor([float(n) for n in counts.values()])])
+        both = torch.stack([sums.detach(), _stack(counts.values(), sums)])
         both = distributed.all_reduce("sum", both, d.dist)
-        weights = sums.new_tensor([coeffs[name] / n_micro for name in losses])
+        weights = _stack((now.coeffs[name] / n_micro for name in losses), sums)
         (sums * weights / both[1]).sum().backward()
         totals.append(both)
         n_positions += batch.n_positions
         del batch, parts, sums  # before the next one is made
     all_sums, all_counts = torch.stack(totals).sum(0)
-    return dict(zip(losses, all_sums / all_counts, strict=True)), n_positions
+    return dict(zip(losses, all_sums / all_counts, strict=True)), observed, n_positions
 
 
-def coefficients(config: RunConfig, step: int) -> dict[str, float]:
-    """The weight of every loss at a step (0-based)."""
+def _stack(numbers: Iterable[float | Tensor], like: Tensor) -> Float[Tensor, "n"]:
+    # Numbers are filled in, for a copy from the host would wait for the device.
+    return torch.stack([n if isinstance(n, Tensor) else like.new_full((), n) for n in numbers])
+
+
+def scheduled(config: RunConfig, step: int) -> Scheduled:
+    """The weight of every loss, and every p, at a step (0-based)."""
     losses, steps = config.losses.configured(), config.train.steps
-    return {name: schedule_value(loss.coeff, step, steps) for name, loss in losses.items()}
+    coeffs = {name: schedule_value(loss.coeff, step, steps) for name, loss in losses.items()}
+    return Scheduled(coeffs, annealed_ps(losses, step / steps))
 
 
 def schedules(config: RunConfig, step: int) -> dict[str, float]:
     """Everything that changes over training by plan, by its name in metrics.jsonl."""
+    now, losses = scheduled(config, step), config.losses.configured()
     values = {"schedule/lr": schedule_value(config.train.lr, step, config.train.steps)}
-    for name, loss in config.losses.configured().items():
-        if not isinstance(loss.coeff, float):
-            values[f"schedule/coeff/{name}"] = schedule_value(loss.coeff, step, config.train.steps)
-        if isinstance(loss, ImportanceMinimalityConfig):
-            values[f"schedule/p/{name}"] = annealed_p(loss, step / config.train.steps)
-    return values
+    varied = {n: c for n, c in now.coeffs.items() if not isinstance(losses[n].coeff, float)}
+    values |= {f"schedule/coeff/{name}": coeff for name, coeff in varied.items()}
+    return values | {f"schedule/p/{name}": p for name, p in now.p.items()}

@@ -19,12 +19,13 @@ from spd_core.data.batches import Batch, Decomposition
 from spd_core.data.start import start_from_examples
 from spd_core.distributed import Dist, over_ranks
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
+from spd_core.fast.graph import step_taker
 from spd_core.losses.distance import faithfulness
-from spd_core.metrics import Sums, add, means
+from spd_core.metrics import Sums, means
 from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
 from spd_core.parts import check_parts
 from spd_core.run_dir import RunDir, append_metrics, truncate_metrics, write_atomic
-from spd_core.step import optimisation_step, schedules
+from spd_core.step import schedules
 from spd_core.targets.train_target import load_or_train_target
 
 AfterStep = Callable[[int, dict[str, float]], bool]
@@ -47,8 +48,11 @@ def build_model(config: RunConfig, targets: Path, dist: Dist, console: Console) 
 
 
 def build_optimizer(config: RunConfig, model: ComponentModel) -> torch.optim.AdamW:
-    parameters, decay = model.trained_parameters().values(), config.train.weight_decay
-    return torch.optim.AdamW(parameters, config.train.lr.start, weight_decay=decay, fused=True)
+    parameters, decay = list(model.trained_parameters().values()), config.train.weight_decay
+    lr, on_gpu = config.train.lr.start, parameters[0].is_cuda
+    if on_gpu:  # where a recorded step finds it
+        lr = torch.tensor(lr, device=parameters[0].device)
+    return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=True, capturable=on_gpu)
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,9 @@ def train(
         FloatingPointError: a loss is not finite, and `train.on_nan` or `MAX_REWINDS` ends the run.
     """
     check_parts(config)
-    outcome = "rewind"
+    outcome, stance = "rewind", "force_eager" if config.train.compile == "off" else "default"
     while outcome == "rewind":
-        with ThreadPoolExecutor(1) as writer:
+        with ThreadPoolExecutor(1) as writer, torch.compiler.set_stance(stance):
             outcome = _loop(*_start(config, run_dir, dist), run_dir, writer, after_step)
     distributed.barrier(dist)  # the last checkpoint is whole for all
     return outcome
@@ -139,21 +143,21 @@ def _loop(
 ) -> Literal["finished", "stopped", "rewind"]:
     config, dist, steps = t.config, t.dist, t.config.train.steps
     alive, l0 = config.eval.metrics.alive_components, config.eval.metrics.ci_l0
-    save, l0_of_step = checkpoint.save_checkpoint, Sums()
+    save = checkpoint.save_checkpoint
 
-    def observe(batch: Batch) -> None:
+    def observe(batch: Batch, logged: bool) -> Sums:
         if alive is not None:
             observe_alive(t.positions_ago, batch.ci, alive, dist)
-        if l0 is not None and logged:
-            add(l0_of_step, l0_sums(batch.ci, l0))
+        return l0_sums(batch.ci, l0) if l0 is not None and logged else {}
 
+    take_step = step_taker(t, t.optimizer, observe)
     writing, saving_s, stopping = writer.submit(lambda: None), 0.0, False
     timed_from, started = step, time.perf_counter()
     while step < steps and not stopping:
         # ---- one optimisation step; from then on `step` counts the steps done
         logged = (step + 1) % config.track.log_every == 0 or step + 1 in (1, steps)
         draw = step + steps * t.rewinds[step // config.checkpoint.every_steps]
-        result = optimisation_step(t, t.optimizer, step, draw, observe)
+        result = take_step(step, draw, logged)
         step += 1
         due, values = due_metrics(config, step), dict[str, float]()
 
@@ -162,8 +166,7 @@ def _loop(
             distributed.synchronise(dist.device)
             step_s = (time.perf_counter() - started) / (step - timed_from)  # of training alone
             if logged:
-                values = result.values() | means(over_ranks("sum", l0_of_step, dist))
-                l0_of_step.clear()
+                values = result.values() | means(over_ranks("sum", result.observed, dist))
                 if _must_go_back(t, values, step, run_dir, writing):
                     return "rewind"
                 unit = "tokens" if result.n_positions > config.train.batch_size else "examples"

@@ -75,6 +75,7 @@ class TrainConfig(BaseConfig):
     on_nan: Literal["stop", "rewind"] = Field(description="rewind = go back, take other batches")
     autocast: Literal["off", "bf16"] = Field(description="precision of the forward passes")
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto = cuda where there is one")
+    compile: Literal["off", "default", "max"] = Field(description="on a GPU; max = a CUDA graph")
 
 
 class EvalConfig(BaseConfig):

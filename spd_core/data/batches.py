@@ -129,12 +129,20 @@ def n_features(config: RunConfig) -> int:
     raise ValueError(f"target.kind={target.kind} has no features (target.n_features)")
 
 
-def make_batch(d: Decomposition, randomness: StepRandomness, purpose: str) -> Batch:
-    """Examples, the target's output and causal importances of one part of a step."""
+def make_batch(
+    d: Decomposition,
+    randomness: StepRandomness,
+    purpose: str,
+    examples: Float[Tensor, "batch ..."] | None = None,
+) -> Batch:
+    """Examples, if not given, the target's output and causal importances of one part of a step."""
     config, model = d.config, d.model
-    examples = draw_examples(config, d.data, randomness, purpose)
+    if examples is None:
+        examples = draw_examples(config, d.data, randomness, purpose)
     target_out, inputs = model.run_target(examples)
-    silent = _silent_examples(config, inputs, len(examples))
+    silent = torch.arange(0)
+    if not randomness.is_counted:
+        silent = _silent_examples(config, inputs, len(examples))
     # Some count as active, so that a few numbers of rows come again and again (see Rows).
     silent = silent[(len(silent) - len(examples)) % ROUND :]
     if len(silent) < 2:
@@ -170,37 +178,43 @@ def _silent_examples(
 ) -> Int[Tensor, "n_silent"]:
     """Examples at which the input of every decomposed module is zero: most of sparse toy data.
 
-    None where that cannot be told (tokens), where a GPU would wait for their number, or where
-    their importances may differ.
+    None where that cannot be told (tokens), or where their importances may differ.
     """
     silent = torch.arange(n)
     if config.decompose.sampling == "binomial" or config.decompose.ci_fn.kind == "custom":
         return silent[:0]
     for x in inputs.values():
-        if x.device.type == "cuda" or not x.is_floating_point() or len(x) != n:
+        if not x.is_floating_point() or len(x) != n:
             return silent[:0]
         silent = silent[~x.index_select(0, silent).flatten(1).any(1)]
     return silent
 
 
-def training_batches(d: Decomposition, draw: int) -> tuple[Batches, int]:
+def training_batches(
+    d: Decomposition,
+    draw: int,
+    counter: Int[Tensor, ""] | None = None,
+    examples: Float[Tensor, "batch ..."] | None = None,
+) -> tuple[Batches, int]:
     """This rank's microbatches of a step and their number; they are made again at every call.
 
-    `draw` is the number that they are drawn by. A single one is kept instead, so that its causal
-    importances are computed once.
+    `draw` is the number that they are drawn by; `counter`, that on the device. A single one is kept
+    instead, so that its causal importances are computed once, and may be of the given examples.
     """
     seed, train, dist = d.config.seed, d.config.train, d.dist
     per_rank = train.batch_size // dist.world_size
     n_micro = per_rank // (train.microbatch_size or per_rank)
     n_parts = n_micro * dist.world_size
     parts = [
-        StepRandomness(seed, draw, part, n_parts, train.batch_size, dist.device)
+        StepRandomness(seed, draw, part, n_parts, train.batch_size, dist.device, counter=counter)
         for part in range(dist.rank * n_micro, (dist.rank + 1) * n_micro)
     ]
+    given = [None] * n_micro if examples is None else examples.split(per_rank // n_micro)
     if n_micro == 1:
-        whole = [make_batch(d, parts[0], "train")]
+        whole = [make_batch(d, parts[0], "train", given[0])]
         return lambda: whole, 1
-    return lambda: (make_batch(d, part, "train") for part in parts), n_micro
+    both = list(zip(parts, given, strict=True))
+    return lambda: (make_batch(d, part, "train", own) for part, own in both), n_micro
 
 
 def evaluation_batch(d: Decomposition, i: int, purpose: str) -> Batch:

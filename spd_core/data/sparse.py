@@ -4,12 +4,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_core.randomness import BatchStream
+from spd_core.randomness import Stream
 from spd_core.targets.config import SparseFeatureDataConfig
 
 
 def sparse_features(
-    config: SparseFeatureDataConfig, n_features: int, stream: BatchStream
+    config: SparseFeatureDataConfig, n_features: int, stream: Stream
 ) -> Float[Tensor, "batch n_features"]:
     """One rank's part of a batch; values are uniform over the range where a feature is on.
 
@@ -22,7 +22,8 @@ def sparse_features(
         case "at_least_zero_active":
             on = stream.uniform(n_features) < config.feature_probability
             for group in config.synced:
-                on[:, group] = on[:, group[:1]]
+                for feature in group:
+                    on[:, feature] = on[:, group[0]]
             return values * on
         case "exactly_one_active":
             active = stream.integers(0, n_features)

@@ -96,6 +96,8 @@ def token_batch(
     places = [divmod(first + place, n) for place in randomness.examples]
     rows = [_epoch_order(randomness.seed, split, epoch, n)[place] for epoch, place in places]
     tokens = torch.from_numpy(sequences[rows].astype(np.int64))
+    # A copy of memory that may be swapped out would wait for the device.
+    tokens = tokens.pin_memory() if randomness.device.type == "cuda" else tokens
     return tokens.to(randomness.device, non_blocking=True)
 
 

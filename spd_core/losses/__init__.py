@@ -18,7 +18,6 @@ from spd_core.losses.distance import LossParts, faithfulness
 from spd_core.losses.recon import Source, hidden_acts_recon, masks_of_passes, recon
 from spd_core.masks import Sources, draw_routes, masks_from_sources
 from spd_core.parts import load_part
-from spd_core.schedule import annealed_p
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Step:
 
     d: Decomposition
     n_microbatches: int
-    position: float  # in training, from 0 to 1
+    p: Mapping[str, float | Tensor]  # of importance minimality
     power_sums: dict[str, Float[Tensor, "C_total_and_n"]]
     sources: dict[str, Sources]
 
@@ -38,15 +37,14 @@ def prepare_step(
     losses: Mapping[str, options.LossConfig],
     batches: Batches,
     n_microbatches: int,
-    position: float,
+    p: Mapping[str, float | Tensor],
 ) -> Step:
     """Gather what a loss must know of the whole batch before its first part."""
-    step = Step(d, n_microbatches, position, {}, {})
+    step = Step(d, n_microbatches, p, {}, {})
     for name, loss in losses.items():
         match loss:
             case options.ImportanceMinimalityConfig() if n_microbatches > 1:
-                p = annealed_p(loss, position)
-                parts = [minimality.power_sums(batch, p) for batch in batches()]
+                parts = [minimality.power_sums(batch, p[name]) for batch in batches()]
                 step.power_sums[name] = torch.stack(parts).sum(0)
             case PGDMultibatchConfig() | PGDReconConfig(scope="shared_across_batch"):
                 routing, active = _routing(name, loss), lambda: (b.active or b for b in batches())
@@ -63,7 +61,7 @@ def loss_parts(name: str, config: options.LossConfig, batch: Batch, step: Step) 
     model, active, routing = step.d.model, batch.active or batch, _routing(name, config)
     match config:
         case options.ImportanceMinimalityConfig():
-            own = minimality.power_sums(batch, annealed_p(config, step.position))
+            own = minimality.power_sums(batch, step.p[name])
             of_rank = step.power_sums[name] if step.n_microbatches > 1 else own
             whole = all_reduce("sum", of_rank, step.d.dist)
             # The whole batch's value with this part's gradient, scaled because the loss, whole in

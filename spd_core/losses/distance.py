@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spd_core.components import LinearComponents
+from spd_core.fast.fused import fused
 
 LossParts = tuple[Float[Tensor, ""], int]
 """A loss as (sum, count): parts of microbatches and ranks add up exactly."""
@@ -19,11 +20,18 @@ def distance(
     """Squared error per output element, or KL(target || pred) per position in nats."""
     match kind:
         case "mse":
-            return (_full(pred) - _full(target)).square().sum(), target.numel()
+            return fused(_squared_error, pred.device)(pred, target), target.numel()
         case "kl":
-            log_pred, log_target = _full(pred).log_softmax(-1), _full(target).log_softmax(-1)
-            kl = F.kl_div(log_pred, log_target, reduction="sum", log_target=True)
-            return kl, target[..., 0].numel()
+            return fused(_kl, pred.device)(pred, target), target[..., 0].numel()
+
+
+def _squared_error(pred: Tensor, target: Tensor) -> Float[Tensor, ""]:
+    return (_full(pred) - _full(target)).square().sum()
+
+
+def _kl(pred: Tensor, target: Tensor) -> Float[Tensor, ""]:
+    log_pred, log_target = _full(pred).log_softmax(-1), _full(target).log_softmax(-1)
+    return F.kl_div(log_pred, log_target, reduction="sum", log_target=True)
 
 
 def faithfulness(components: dict[str, LinearComponents]) -> LossParts:

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_core import native
 from spd_core.data.batches import Batch
+from spd_core.fast.powers import sums_of_powers
 from spd_core.losses.distance import LossParts
 
 EPS = 1e-12
@@ -22,7 +22,7 @@ def importance_minimality(power_sums: Float[Tensor, "C_total_and_n"], beta: floa
     return (s + beta * s * torch.log2(1 + n * s)).sum() if beta else s.sum(), 1
 
 
-def power_sums(batch: Batch, p: float) -> Float[Tensor, "C_total_and_n"]:
+def power_sums(batch: Batch, p: float | Float[Tensor, ""]) -> Float[Tensor, "C_total_and_n"]:
     """Sums over positions of (upper_leaky + eps)^p, then the number of positions.
 
     The number goes along because ranks may hold unequal counts. A module that runs at fewer
@@ -34,9 +34,6 @@ def power_sums(batch: Batch, p: float) -> Float[Tensor, "C_total_and_n"]:
         of_each = upper.new_ones(len(upper))
         if n_times is not None:
             of_each = n_times.to(upper.dtype).repeat_interleave(n_each)
-        if native.is_native(upper):
-            own = native.power_sums(upper, p, EPS, of_each)
-        else:
-            own = (of_each[:, None] * (upper + EPS) ** p).sum(0)  # autocast rounds a @
+        own = sums_of_powers(upper, p, EPS, of_each)
         sums.append(own * (batch.n_positions / (n_each * len(batch.examples))))
-    return torch.cat([*sums, sums[0].new_tensor([float(batch.n_positions)])])
+    return torch.cat([*sums, sums[0].new_full((1,), float(batch.n_positions))])

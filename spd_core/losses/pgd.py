@@ -10,7 +10,6 @@ from spd_core.data.batches import Batch, Batches
 from spd_core.distributed import Dist, over_ranks
 from spd_core.losses.recon import recon
 from spd_core.masks import Sources, draw_routes, masks_from_sources
-from spd_core.randomness import BatchStream
 
 
 def worst_sources(
@@ -59,7 +58,7 @@ def _start(
     stream = batch.randomness.batch_stream(purpose)
     positions = {n: ci.lower.shape[1:-1] for n, ci in batch.distinct_ci.items()}
     if shared_by is not None:
-        stream = BatchStream([(batch.randomness.shared_stream(purpose), 1)], slice(None))
+        stream = batch.randomness.shared_stream(purpose)
         positions = {n: (1,) * len(at) for n, at in positions.items()}
     widths = {n: c.C + model.config.delta_component for n, c in model.components.items()}
     random = {name: stream.uniform(*positions[name], width) for name, width in widths.items()}

@@ -38,7 +38,7 @@ def component_sums(
     for name, module_ci in ci.items():
         lower = module_ci.lower.flatten(0, -2)
         values = lower if threshold is None else (lower > threshold).float()
-        sums[name] = torch.cat([values.sum(0), lower.new_tensor([float(len(lower))])])
+        sums[name] = torch.cat([values.sum(0), lower.new_full((1,), float(len(lower)))])
     return sums
 
 
@@ -50,7 +50,8 @@ def histogram_sums(ci: dict[str, CausalImportance]) -> dict[str, Float[Tensor, "
 
     def histogram(values: Tensor, low: float, high: float) -> Float[Tensor, "n_bins"]:
         # histc counts in float32, which stops at 2**24: in parts, added up in double.
-        parts = [part.clamp(low, high) for part in values.flatten().split(2**24)]
+        full = torch.promote_types(values.dtype, torch.float32)
+        parts = [part.to(full).clamp(low, high) for part in values.flatten().split(2**24)]
         return torch.stack([part.histc(N_BINS, low, high).double() for part in parts]).sum(0)
 
     return {

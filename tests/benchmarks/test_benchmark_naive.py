@@ -4,7 +4,7 @@ import torch
 from benchmarks.naive import losses
 from spd_core.component_model import ComponentModel
 from spd_core.data.batches import Decomposition, training_batches
-from spd_core.step import accumulate_gradients, coefficients
+from spd_core.step import accumulate_gradients, scheduled
 from spd_core.targets.train_target import untrained_target
 from spd_launch.compose import compose
 from spd_launch.validate import validate
@@ -25,11 +25,13 @@ def test_the_core_computes_what_the_formulas_say(experiment, overrides, one_proc
     model, step = ComponentModel(target, config.decompose, 0), 4
     batches, n_micro = training_batches(Decomposition(config, model, one_process, None), step)
     d = Decomposition(config, model, one_process, None)
-    found, _ = accumulate_gradients(d, batches, n_micro, step, lambda _batch: None)
+    found, _, _ = accumulate_gradients(
+        d, batches, n_micro, scheduled(config, step), lambda _batch: {}
+    )
     gradients = {name: p.grad for name, p in model.trained_parameters().items()}
     model.zero_grad()
     wanted = losses(config, model, None, step)
-    coeffs = coefficients(config, step)
+    coeffs = scheduled(config, step).coeffs
     sum(coeffs[name] * loss for name, loss in wanted.items()).backward()
     torch.testing.assert_close(
         found, {n: v.detach() for n, v in wanted.items()}, rtol=1e-4, atol=1e-7

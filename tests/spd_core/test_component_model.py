@@ -117,7 +117,7 @@ def test_masks_for_a_subset_replace_only_those(model):
 def test_routes_choose_per_position(model):
     x = torch.randn(7, 4)
     route = torch.tensor([True, False, True, False, False, True, True])
-    mask, rows = MaskInfo(torch.rand(7, 3), None, None), Rows.of(route, torch.device("cpu"))
+    mask, rows = MaskInfo(torch.rand(7, 3), None, None), Rows.of(route)
     everywhere = model.run_masked(x, {"head": mask})
     out = model.run_masked(x, {"head": MaskInfo(mask.mask[rows.index], None, rows)})
     torch.testing.assert_close(out[route], everywhere[route])
@@ -126,7 +126,7 @@ def test_routes_choose_per_position(model):
 
 def test_routes_choose_per_position_of_a_sequence(model):
     x, route = torch.randn(2, 5, 4), torch.rand(2, 5) < 0.5
-    info, rows = MaskInfo(torch.rand(2, 5, 3), torch.rand(2, 5), None), Rows.of(route, x.device)
+    info, rows = MaskInfo(torch.rand(2, 5, 3), torch.rand(2, 5), None), Rows.of(route)
     at = [values.flatten(0, 1)[rows.index] for values in (info.mask, info.delta_mask)]
     out = model.run_masked(x, {"head": MaskInfo(*at, rows)}).detach()
     inputs, head = model.run_target(x)[1]["head"], model.target.head
@@ -135,6 +135,20 @@ def test_routes_choose_per_position_of_a_sequence(model):
     for place in np.ndindex(2, 5):
         wanted = masked[place] if route[place] else plain[place]
         np.testing.assert_allclose(out[place], wanted, atol=1e-5)
+
+
+def test_routes_that_no_one_counts_give_the_same(model):
+    """Which positions: by their numbers, or, where a GPU is not waited for, by yes or no."""
+    x, route = torch.randn(2, 5, 4), torch.rand(2, 5) < 0.5
+    mask, m_d, rows = torch.rand(2, 5, 3), torch.rand(2, 5), Rows.of(route)
+    at = [values.flatten(0, 1)[rows.index] for values in (mask, m_d)]
+    found = []
+    for info in (MaskInfo(*at, rows), MaskInfo(mask, m_d, route)):
+        out, parameters = model.run_masked(x, {"head": info}), model.component_parameters()
+        gradients = torch.autograd.grad(out.square().sum(), parameters, allow_unused=True)
+        found.append([out, *(g for g in gradients if g is not None)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_position_embeddings_run_once_and_are_routed_for_every_example(decompose):
@@ -150,7 +164,7 @@ def test_position_embeddings_run_once_and_are_routed_for_every_example(decompose
 
     model, x = decompose(random_weights(Positions()), {"wpe": 6}), torch.randn(2, 5, 4)
     route = torch.tensor([[True, False, True, False, False], [False, False, True, True, False]])
-    rows = Rows.of(route, x.device)
+    rows = Rows.of(route)
     mask = torch.rand(2, 5, 6)
     info = MaskInfo(mask.flatten(0, 1)[rows.index], None, rows)
     out, c, target = model.run_masked(x, {"wpe": info}), model.components["wpe"], model.target
@@ -679,7 +693,7 @@ def random_masks(model, delta):
     shape = TOKENS.shape
     masks = {}
     for name, c in model.components.items():
-        rows = Rows.of(torch.rand(shape) < 0.9, TOKENS.device)
+        rows = Rows.of(torch.rand(shape) < 0.9)
         n = len(rows.index)
         masks[name] = MaskInfo(torch.rand(n, c.C), torch.rand(n) if delta else None, rows)
     return masks

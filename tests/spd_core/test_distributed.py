@@ -19,7 +19,8 @@ from spd_core.evaluate import due_metrics, evaluate
 from spd_core.losses import prepare_step
 from spd_core.randomness import StepRandomness, stream
 from spd_core.run_dir import RunDir, read_metrics
-from spd_core.step import accumulate_gradients, optimisation_step
+from spd_core.schedule import annealed_ps
+from spd_core.step import accumulate_gradients, optimisation_step, scheduled
 from spd_core.targets.tms import TMS
 from spd_core.train import build_optimizer, train
 
@@ -85,7 +86,7 @@ def one_step_of_drawn(config, dist):
     model = fresh_model(config)
     optimizer = build_optimizer(config, model)
     d = Decomposition(config, model, dist, None)
-    step = optimisation_step(d, optimizer, 2, 2, lambda _ci: None)
+    step = optimisation_step(d, optimizer, 2, 2, lambda _batch: {})
     values = {"losses": step.losses, "total": step.total, "norms": step.grad_norms}
     values["gradients"] = gradients_of(model)
     due = due_metrics(config, config.train.steps)
@@ -104,9 +105,13 @@ def uneven_step(config, dist):
     randomness = Uneven(config.seed, 2, dist.rank, dist.world_size, 12, CPU)
     d = Decomposition(config, model, dist, None)
     batch = make_batch(d, randomness, "test")
-    losses, _ = accumulate_gradients(d, lambda: [batch], 1, 2, lambda _ci: None)
+    losses, _, _ = accumulate_gradients(
+        d, lambda: [batch], 1, scheduled(config, 2), lambda _batch: {}
+    )
     distributed.sum_gradients(model.trained_parameters().values(), dist)
-    sources = prepare_step(d, config.losses.configured(), lambda: [batch], 1, 0.0).sources
+    losses_of_config = config.losses.configured()
+    p = annealed_ps(losses_of_config, 0.0)
+    sources = prepare_step(d, losses_of_config, lambda: [batch], 1, p).sources
     return {"losses": losses, "gradients": gradients_of(model), "sources": sources}
 
 

@@ -22,6 +22,7 @@ from spd_core.losses import loss_parts, prepare_step
 from spd_core.losses.distance import distance, faithfulness
 from spd_core.losses.minimality import importance_minimality, power_sums
 from spd_core.randomness import StepRandomness
+from spd_core.schedule import annealed_ps
 from spd_core.targets.train_target import untrained_target
 from spd_launch.compose import compose
 from spd_launch.validate import validate
@@ -50,8 +51,8 @@ def loss(name, make_config, model, batch, dist, *overrides):
 
 
 def parts(name, config, model, batch, dist, position=0.0):
-    d = Decomposition(None, model, dist, None)
-    step = prepare_step(d, {name: config}, lambda: [batch], 1, position)
+    d, losses = Decomposition(None, model, dist, None), {name: config}
+    step = prepare_step(d, losses, lambda: [batch], 1, annealed_ps(losses, position))
     return loss_parts(name, config, batch, step)
 
 

@@ -93,7 +93,7 @@ def test_given_sources_are_shared_or_one_per_datapoint(delta):
 
 
 def test_only_routed_modules_are_masked():
-    lower, rows = torch.rand(2, 3), Rows.of(torch.tensor([True, False]), torch.device("cpu"))
+    lower, rows = torch.rand(2, 3), Rows.of(torch.tensor([True, False]))
     ci = {n: CausalImportance(lower, lower, lower) for n in ("a", "b")}
     sources = {n: torch.rand(2, 4) for n in ci}
     masks = masks_from_sources(ci, sources, {"b": rows})

@@ -12,10 +12,10 @@ from scipy.special import erf
 
 from spd_core.ci_fns import CausalImportance
 from spd_core.data.batches import Batch, Decomposition, training_batches
+from spd_core.fast.native import leaky_hard, library, power_sums, scalar_mlps
 from spd_core.losses import minimality
-from spd_core.native import leaky_hard, library, power_sums, scalar_mlps
 from spd_core.randomness import StepRandomness
-from spd_core.step import accumulate_gradients
+from spd_core.step import accumulate_gradients, scheduled
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 
@@ -120,7 +120,9 @@ def test_without_a_compiler_pytorchs_operators_give_the_same(
         d = Decomposition(config, model, one_process, None)
         model.zero_grad()
         batches, n_micro = training_batches(d, 0)
-        losses, _ = accumulate_gradients(d, batches, n_micro, 0, lambda _batch: None)
+        losses, _, _ = accumulate_gradients(
+            d, batches, n_micro, scheduled(config, 0), lambda _batch: {}
+        )
         found.append(losses | {n: p.grad for n, p in model.trained_parameters().items()})
     monkeypatch.undo()
     library.cache_clear()
@@ -160,7 +162,7 @@ def test_leaky_hard_passes_the_gradient_of_upper_at_zero():
 def test_where_nothing_can_be_written_the_run_ends():
     """Without the loops it would go on, but round otherwise than before."""
     limited = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (1000, 1000))\n"
-    code = limited + "from spd_core import native; native.library()"
+    code = limited + "from spd_core.fast import native; native.library()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "OSError: [Errno 27] File too large" in done.stderr
 

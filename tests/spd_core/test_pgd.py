@@ -95,7 +95,7 @@ def adversary(make_config, one_process):
             )
             all_batches = [batch] if batches is None else batches
             step = prepare_step(
-                Decomposition(None, model, dist, None), {name: config}, lambda: all_batches, 1, 0.0
+                Decomposition(None, model, dist, None), {name: config}, lambda: all_batches, 1, {}
             )
             sum_, count = loss_parts(name, config, batch, step)
         return found[0], sum_ / count
@@ -213,7 +213,7 @@ def test_the_worst_loss_is_above_the_stochastic_one(name, make_config, tms_model
     stochastic = name.replace("pgd", "stochastic")
     losses = {n: loss_config(make_config, n, "{kind:uniform_k_subset}") for n in (name, stochastic)}
     step = prepare_step(
-        Decomposition(None, model, one_process, None), losses, lambda: [batch], 1, 0.0
+        Decomposition(None, model, one_process, None), losses, lambda: [batch], 1, {}
     )
     parts = {n: loss_parts(n, config, batch, step) for n, config in losses.items()}
     values = {n: sum_ / count for n, (sum_, count) in parts.items()}
@@ -305,7 +305,7 @@ def test_routes_are_drawn_once(scope, routing, make_config, one_process, monkeyp
     name, options = "pgd_recon_subset", {"scope": scope, "n_steps": 3}
     config = loss_config(make_config, name, f"{{kind:{routing}}}", **options)
     step = prepare_step(
-        Decomposition(None, model, one_process, None), {name: config}, lambda: [batch], 1, 0.0
+        Decomposition(None, model, one_process, None), {name: config}, lambda: [batch], 1, {}
     )
     loss_parts(name, config, batch, step)
     assert len(seen) == 4 and all(routes == seen[0] for routes in seen)

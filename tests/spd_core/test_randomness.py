@@ -48,8 +48,7 @@ def test_positions_have_their_own_numbers():
 
 def test_the_shared_stream_is_the_same_on_every_rank():
     first, *others = (
-        torch.rand(4, generator=StepRandomness(0, 2, rank, 3, 10, CPU).shared_stream("x"))
-        for rank in range(3)
+        StepRandomness(0, 2, rank, 3, 10, CPU).shared_stream("x").uniform(4) for rank in range(3)
     )
     assert all(torch.equal(first, other) for other in others)
     own = StepRandomness(0, 2, 0, 3, 10, CPU).batch_stream("x").uniform(4)

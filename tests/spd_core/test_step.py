@@ -11,7 +11,7 @@ from spd_core.data import batches as batches_module
 from spd_core.data.batches import Batch, Decomposition, training_batches
 from spd_core.evaluate import due_metrics, evaluate
 from spd_core.losses.distance import LossParts
-from spd_core.step import accumulate_gradients, coefficients, optimisation_step
+from spd_core.step import accumulate_gradients, optimisation_step, scheduled
 from spd_core.train import build_optimizer
 
 PGD = "init:random,step_size:0.3,n_steps:3"
@@ -44,14 +44,24 @@ STEP = 3  # of 6
 
 
 def ignore(_batch):
-    pass
+    return {}
+
+
+def kept_in(seen, of=lambda batch: batch):
+    """Observes by keeping a part of every batch."""
+
+    def observe(batch):
+        seen.append(of(batch))
+        return {}
+
+    return observe
 
 
 def losses_and_gradients(config, model, dist, observe=ignore):
     model.zero_grad()
     d = Decomposition(config, model, dist, None)
     batches, n_micro = training_batches(d, STEP)
-    losses, _ = accumulate_gradients(d, batches, n_micro, STEP, observe)
+    losses, _, _ = accumulate_gradients(d, batches, n_micro, scheduled(config, STEP), observe)
     return losses, {n: p.grad for n, p in model.trained_parameters().items()}
 
 
@@ -163,7 +173,7 @@ def test_every_microbatch_is_observed_once(make_config, tms_model, one_process):
     for size in (None, 4):
         config = in_parts_of(size, make_config(*LIVELY))
         losses_and_gradients(
-            config, tms_model(), one_process, lambda batch: seen.append(batch.ci["linear1"])
+            config, tms_model(), one_process, kept_in(seen, lambda batch: batch.ci["linear1"])
         )
     whole, *parts = (ci.lower.detach() for ci in seen)
     assert [len(part) for part in parts] == [4] * 4
@@ -220,15 +230,15 @@ def test_coefficients_weigh_losses_and_gradients(make_config, tms_model, one_pro
     alone = ("losses.importance_minimality=null", "losses.stochastic_recon_layerwise=null")
     config = make_config(*LIVELY, *alone)
     losses, gradients = losses_and_gradients(config, tms_model(), one_process)
-    scheduled = make_config(*LIVELY, *alone, f"losses.stochastic_recon.coeff={schedule}")
-    same, larger = losses_and_gradients(scheduled, tms_model(), one_process)
-    assert coefficients(scheduled, STEP) == {"stochastic_recon": pytest.approx(4.0)}
+    rising = make_config(*LIVELY, *alone, f"losses.stochastic_recon.coeff={schedule}")
+    same, larger = losses_and_gradients(rising, tms_model(), one_process)
+    assert scheduled(rising, STEP).coeffs == {"stochastic_recon": pytest.approx(4.0)}
     assert_same(same, losses)
     assert_same(larger, {n: g if g is None else 4 * g for n, g in gradients.items()})
     model = tms_model()
-    optimizer = build_optimizer(scheduled, model)
+    optimizer = build_optimizer(rising, model)
     result = optimisation_step(
-        Decomposition(scheduled, model, one_process, None), optimizer, STEP, STEP, ignore
+        Decomposition(rising, model, one_process, None), optimizer, STEP, STEP, ignore
     )
     assert result.total.item() == pytest.approx(4 * losses["stochastic_recon"].item())
 
@@ -238,7 +248,7 @@ def test_p_is_annealed_while_training(make_config, tms_model, one_process):
     anneal = "p:2.0,p_anneal_start_frac:0.0,p_anneal_end_frac:1.0,p_anneal_final_p:1.0"
     seen = []
     config = make_config(*LIVELY, f"losses.importance_minimality={{coeff:1.0,beta:0.0,{anneal}}}")
-    losses, _ = losses_and_gradients(config, tms_model(), one_process, seen.append)
+    losses, _ = losses_and_gradients(config, tms_model(), one_process, kept_in(seen))
     (batch,) = seen
     uppers = [module.upper.detach().double().numpy() for module in batch.ci.values()]
     wanted = sum((np.maximum(u, 0) ** 1.5).mean(0).sum() for u in uppers)

@@ -19,7 +19,7 @@ from spd_core.data.batches import Decomposition, make_batch
 from spd_core.losses.distance import faithfulness
 from spd_core.randomness import StepRandomness
 from spd_core.run_dir import read_metrics, write_atomic
-from spd_core.step import accumulate_gradients, coefficients, optimisation_step
+from spd_core.step import accumulate_gradients, optimisation_step, scheduled
 from spd_core.train import build_model, build_optimizer, faithfulness_warm_up, train
 
 VOLATILE = ("time", "examples_per_s", "eval_cost/", "checkpoint_cost_s")
@@ -500,7 +500,7 @@ def one_step(make_config, make_run_dir, one_process):
         before = {n: p.detach().clone() for n, p in model.trained_parameters().items()}
         optimizer = build_optimizer(config, model)
         result = optimisation_step(
-            Decomposition(config, model, one_process, None), optimizer, 0, 0, lambda _ci: None
+            Decomposition(config, model, one_process, None), optimizer, 0, 0, lambda _batch: {}
         )
         return model, before, result
 
@@ -539,8 +539,10 @@ def test_gradients_against_finite_differences(make_config, tms_model, one_proces
         randomness = StepRandomness(0, 0, 0, 1, 32, torch.device("cpu"))
         batch = make_batch(d, randomness, "train")
         model.zero_grad()
-        losses, _ = accumulate_gradients(d, lambda: [batch], 1, 0, lambda _ci: None)
-        coeffs = coefficients(config, 0)
+        losses, _, _ = accumulate_gradients(
+            d, lambda: [batch], 1, scheduled(config, 0), lambda _batch: {}
+        )
+        coeffs = scheduled(config, 0).coeffs
         return sum(coeffs[name] * value.item() for name, value in losses.items())
 
     # The data are float32, so the model is asked in double only where the streams allow it.

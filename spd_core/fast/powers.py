@@ -1,0 +1,22 @@
+"""Sums of powers of causal importances over positions, which are read once."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_core.fast import native
+from spd_core.fast.fused import fused
+
+
+def sums_of_powers(
+    x: Float[Tensor, "n C"], p: float | Float[Tensor, ""], eps: float, n_times: Float[Tensor, "n"]
+) -> Float[Tensor, "C"]:
+    """Sums over n of n_times (x + eps)^p, for x >= 0."""
+    if native.is_native(x) and isinstance(p, float):
+        return native.power_sums(x, p, eps, n_times)
+    # As a tensor, because another number would be compiled again.
+    power = p if isinstance(p, Tensor) else x.new_full((), p)
+    return fused(_power_sums, x.device)(x, power, eps, n_times)
+
+
+def _power_sums(x: Tensor, p: Tensor, eps: float, n_times: Tensor) -> Tensor:
+    return (n_times[:, None] * (x + eps) ** p).sum(0)  # autocast rounds a @

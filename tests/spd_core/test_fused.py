@@ -1,0 +1,61 @@
+"""Every chain that GPUs compile: it can be traced whole, and means the same then."""
+
+import pytest
+import torch
+
+from spd_core import ci_fns
+from spd_core.fast import counted, masked, mlps, powers
+from spd_core.fast.fused import fused
+from spd_core.losses import distance
+
+CPU = torch.device("cpu")
+STREAM = counted.CountedStream((0, "test"), torch.tensor(3), 0, 6)
+PARTS = [(5, 4), (5, 4), (5, 4), (5,)]
+CHAINS = {
+    "hashed": (counted.hashed, lambda: (torch.tensor(5), torch.tensor(2), 3, 40, torch.float32)),
+    "masked": (masked._masked, lambda: (torch.randn(6, 5), torch.rand(6, 5), torch.rand(6, 1))),
+    "by_draw": (masked._masked_by_draw, lambda: (torch.randn(6, 5), torch.rand(6, 5), True,
+                                                 STREAM.next())),
+    "leaky_hard": (ci_fns._leaky_hard_pair, lambda: (torch.randn(6, 5), None)),
+    "powers": (powers._power_sums, lambda: (torch.rand(6, 5), torch.tensor(0.7), 1e-12,
+                                            torch.ones(6))),
+    "mse": (distance._squared_error, lambda: (torch.randn(6, 5), torch.randn(6, 5))),
+    "kl": (distance._kl, lambda: (torch.randn(6, 5), torch.randn(6, 5))),
+    "mlps": (mlps._mlps, lambda: (torch.randn(6, 5), *map(torch.randn, PARTS))),
+    "mlps_grad_x": (mlps._mlps_grad_x, lambda: (torch.randn(6, 5), torch.randn(6, 5),
+                                                *map(torch.randn, PARTS))),
+    "mlps_grad_parameters": (mlps._mlps_grad_parameters, lambda: (
+        torch.randn(6, 5), torch.randn(6, 5), *map(torch.randn, PARTS))),
+}  # fmt: skip
+
+
+def run(function, inputs):
+    """Outputs, and gradients of their sum for all inputs that have one."""
+    leaves = [
+        x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in inputs
+    ]
+    out = function(*leaves)
+    outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
+    total = sum(o.sum() for o in outputs)
+    wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
+    gradients = torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else ()
+    return [*outputs, *(g for g in gradients if g is not None)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_chain_is_traced_whole_and_means_the_same(chain):
+    function, make = CHAINS[chain]
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        inputs = make()
+        got, wanted = run(compiled, inputs), run(function, inputs)
+        assert len(got) == len(wanted)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_on_a_cpu_a_chain_stays_as_it_is():
+    assert fused(distance._kl, CPU) is distance._kl
