@@ -55,7 +55,7 @@ def main() -> None:
     results = {name: measure(name, given.steps, given.threads) for name in given.only}
     RESULTS.mkdir(exist_ok=True)
     file.write_text(json.dumps(last | results, indent=1) + "\n")
-    Console().print(table(results, last))
+    Console(width=120).print(table(results, last))
     print(f"written to {file}; docs/performance.md says where the time goes")
 
 
