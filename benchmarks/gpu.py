@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu [--only CASE ...] [--how WAY ...] [--steps N]
 
-Ways: `naive` (benchmarks/naive.py), the core with train.compile=off, default and max (a CUDA
-graph), and `halves`, max in two microbatches. They are measured one after the other in one process,
-in five blocks of steps each. Adds to benchmarks/results/gpu.json as it goes.
+Ways: `naive` (benchmarks/naive.py, but for random numbers, which are compiled), the core with
+train.compile=off, default and max (a CUDA graph), and `halves`, max in two microbatches. They are
+measured one after the other in one process, in five blocks of steps each. Adds to
+benchmarks/results/gpu.json as it goes.
 """
 
 import argparse

@@ -24,7 +24,7 @@ class CausalImportance:
 
     lower: Float[Tensor, "... C"]
     upper: Float[Tensor, "... C"]
-    pre_sigmoid: Float[Tensor, "... C"]
+    pre_sigmoid: Float[Tensor, "... C"]  # may be of half precision
 
 
 class _LowerLeakyHard(torch.autograd.Function):
@@ -73,13 +73,15 @@ def apply_sigmoid(
     binomial_noise: Float[Tensor, "... C"] | None,
 ) -> CausalImportance:
     """The pair of values; under binomial sampling `lower` sees 1.05 g - 0.05 u, u ~ U(0, 1)."""
+    if sigmoid == "leaky_hard" and pre_sigmoid.is_cuda:
+        pair = fused(_leaky_hard_pair, pre_sigmoid.device)(pre_sigmoid, binomial_noise)
+        return CausalImportance(*pair, pre_sigmoid)
     g, jittered = _full(pre_sigmoid, binomial_noise)
     match sigmoid:
         case "leaky_hard" if binomial_noise is None and native.is_native(g):
             return CausalImportance(*native.leaky_hard(g), pre_sigmoid)
         case "leaky_hard":
-            pair = fused(_leaky_hard_pair, g.device)(pre_sigmoid, binomial_noise)
-            return CausalImportance(*pair, pre_sigmoid)
+            return CausalImportance(lower_leaky_hard(jittered), upper_leaky_hard(g), pre_sigmoid)
         case "normal":
             return CausalImportance(torch.sigmoid(jittered), torch.sigmoid(g), pre_sigmoid)
         case "hard":

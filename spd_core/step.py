@@ -61,10 +61,7 @@ def optimisation_step(
 def set_lr(config: RunConfig, optimizer: torch.optim.AdamW, step: int) -> None:
     lr = schedule_value(config.train.lr, step, config.train.steps)
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
 
 def descend(
@@ -120,7 +117,7 @@ def accumulate_gradients(
                     "another; such a loss needs train.microbatch_size=null"
                 )
         sums = torch.stack([sum_ for sum_, _ in parts.values()])
-        both = torch.stack([sums.detach(), _stack(counts.values(), sums)])
+        both = torch.stack([sums.detach(), _stack(map(float, counts.values()), sums)])
         both = distributed.all_reduce("sum", both, d.dist)
         weights = _stack((now.coeffs[name] / n_micro for name in losses), sums)
         (sums * weights / both[1]).sum().backward()

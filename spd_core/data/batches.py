@@ -198,8 +198,8 @@ def training_batches(
 ) -> tuple[Batches, int]:
     """This rank's microbatches of a step and their number; they are made again at every call.
 
-    `draw` is the number that they are drawn by; `counter`, that on the device. A single one is kept
-    instead, so that its causal importances are computed once, and may be of the given examples.
+    `draw` is the number that they are drawn by; `counter`, that on the device. Examples may be
+    given. A single microbatch is kept instead, so that its causal importances are computed once.
     """
     seed, train, dist = d.config.seed, d.config.train, d.dist
     per_rank = train.batch_size // dist.world_size

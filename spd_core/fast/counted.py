@@ -65,8 +65,8 @@ def hashed(
 
     mix and gamma are those of SplitMix64 (Steele, Lea and Flood 2014, OOPSLA), modulo 2^64.
     """
-    place = torch.arange(start, start + n, device=key.device)
-    bits = _mix(_mix(key + place) + step * GAMMA)
+    # The key first: a compiler may take places alone for 32-bit numbers.
+    bits = _mix(_mix(torch.arange(n, device=key.device) + (key + start)) + step * GAMMA)
     return ((bits >> 40) & 0xFFFFFF).to(dtype) * 2.0**-24
 
 

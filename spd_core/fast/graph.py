@@ -1,7 +1,7 @@
 """The optimisation step as a CUDA graph: recorded once, then replayed with other numbers.
 
-A small model's step is hundreds of kernels of a few microseconds, which a GPU runs faster than a
-host can ask for them one by one.
+A small model's step is hundreds or thousands of kernels of a few microseconds, which a GPU runs
+faster than a host can ask for them one by one.
 """
 
 from collections.abc import Callable
@@ -90,8 +90,11 @@ class StepGraph:
             with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
                 result = self._descend(logged)
         except RuntimeError as error:
+            cause = error.__context__ or error  # on top of it comes that the recording has ended
+            if "captur" not in str(cause):
+                raise
             raise ValueError(
-                f"this step cannot be recorded as a CUDA graph: {error}; train.compile=default "
+                f"this step cannot be recorded as a CUDA graph: {cause}; train.compile=default "
                 "takes it without one"
             ) from error
         return graph, result

@@ -13,10 +13,10 @@ def sums_of_powers(
     """Sums over n of n_times (x + eps)^p, for x >= 0."""
     if native.is_native(x) and isinstance(p, float):
         return native.power_sums(x, p, eps, n_times)
-    # As a tensor, because another number would be compiled again.
-    power = p if isinstance(p, Tensor) else x.new_full((), p)
-    return fused(_power_sums, x.device)(x, power, eps, n_times)
+    if x.is_cuda and isinstance(p, float):
+        p = x.new_full((), p)  # another float would be compiled again
+    return fused(_power_sums, x.device)(x, p, eps, n_times)
 
 
-def _power_sums(x: Tensor, p: Tensor, eps: float, n_times: Tensor) -> Tensor:
+def _power_sums(x: Tensor, p: float | Tensor, eps: float, n_times: Tensor) -> Tensor:
     return (n_times[:, None] * (x + eps) ** p).sum(0)  # autocast rounds a @

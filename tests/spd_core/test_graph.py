@@ -1,5 +1,7 @@
 """Steps as they are recorded: on a CPU what a recording does, on a GPU the recording itself."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -93,20 +95,30 @@ def test_a_cpu_takes_steps_one_by_one(one_process):
 # ---------------------------------------------------------------- on a GPU
 
 
+def n_important(batch, logged):
+    return {"n": sum((ci.lower > 0.1).sum() for ci in batch.ci.values())} if logged else {}
+
+
 @needs_gpu
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_a_graph_takes_the_steps_that_would_have_been_taken(experiment):
+@pytest.mark.parametrize("size", [32, 8])
+def test_a_graph_takes_the_steps_that_would_have_been_taken(experiment, size):
+    """Also with a coefficient that changes, and what is observed now and then."""
     dist, found = Dist(0, 1, torch.device("cuda", 0)), []
+    falling = "{kind:linear,start:1e-2,end:1e-3,warmup_fraction:0.0}"
+    overrides = [f"train.microbatch_size={size}", f"losses.importance_minimality.coeff={falling}"]
     for how in ("graph", "eager"):
-        d = decomposition(experiment, dist)
+        d = decomposition(experiment, dist, "train.steps=8", *overrides)
         optimizer = build_optimizer(d.config, d.model)
-        graph, values = StepGraph(d, optimizer, observe), []
+        graph, values = StepGraph(d, optimizer, n_important), []
         for step in range(8):
             logged = step % 3 == 0
             if how == "graph":
-                values.append(graph(step, step, logged).values())
+                result = graph(step, step, logged)
             else:
-                values.append(optimisation_step(d, optimizer, step, step, observe).values())
+                watch = partial(n_important, logged=logged)
+                result = optimisation_step(d, optimizer, step, step, watch)
+            values.append([result.values(), {n: v.item() for n, v in result.observed.items()}])
         found.append((values, [p.detach().clone() for p in d.model.trained_parameters().values()]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
