@@ -6,10 +6,10 @@ from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
 from spd_core.component_model import ComponentModel, MaskInfo, Rows, at_rows
-from spd_core.components import DrawnMask
 from spd_core.config.losses import Routing, StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
-from spd_core.randomness import CountedStream
+from spd_core.fast.counted import CountedStream
+from spd_core.fast.masked import DrawnMask
 
 Routes = dict[str, Rows | Bool[Tensor, "..."] | None]
 """Where a module runs on its components; None = everywhere. Modules left out never do."""
