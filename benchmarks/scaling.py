@@ -31,10 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.step import composed, with_random_target
 from benchmarks.table import CASES, RESULTS
 from spd_core import distributed
-from spd_core.component_model import ROUND
 from spd_core.config import CiFnConfig, RunConfig
 from spd_core.config.losses import PGDReconConfig
 from spd_core.data.batches import Decomposition
+from spd_core.rows import ROUND
 from spd_core.step import optimisation_step
 from spd_core.targets.config import ResidMLPTargetConfig, TransformerTargetConfig
 from spd_core.train import build_optimizer

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from spd_core.ci_fns import CausalImportance, apply_sigmoid, make_ci_fn
@@ -16,27 +16,8 @@ from spd_core.components import Identity, LinearComponents, check_decomposable, 
 from spd_core.config import DecomposeConfig
 from spd_core.fast.masked import DrawnMask
 from spd_core.randomness import Stream, stream
+from spd_core.rows import Rows, at_rows
 from spd_core.targets.select import select_output
-
-ROUND = 32
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Positions, counted through all dimensions; the first n of `index`, what follows fills it up.
-
-    In half precision a CPU makes a kernel for every new number of rows, and keeps it: a few
-    numbers should come again and again.
-    """
-
-    index: Int[Tensor, "n_filled_up"]
-    n: int
-
-    @staticmethod
-    def of(chosen: Bool[Tensor, "..."]) -> "Rows":
-        """Where `chosen` is true."""
-        rows = chosen.flatten().nonzero()[:, 0]
-        return Rows(torch.cat([rows, rows[:1].expand(-len(rows) % ROUND)]), len(rows))
 
 
 @dataclass(frozen=True)
@@ -272,11 +253,6 @@ class ComponentModel(nn.Module):
                 handle = module.register_forward_hook(partial(after, name), with_kwargs=True)
                 stack.enter_context(handle)
             yield
-
-
-def at_rows(x: Tensor, rows: Rows | Bool[Tensor, "..."] | None, n_dims: int) -> Tensor:
-    """x at some of its positions, which are its first n_dims dimensions; (n_filled_up, ...)."""
-    return x.flatten(0, n_dims - 1).index_select(0, rows.index) if isinstance(rows, Rows) else x
 
 
 def _refusal(name: str, why: str) -> ValueError:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spd_core.fast.masked import DrawnMask, masked
+from spd_core.fast.masked import DrawnMask, add_delta, masked
 
 
 class Identity(nn.Module):
@@ -74,7 +74,11 @@ class LinearComponents(nn.Module):
         self, x: Float[Tensor, "... d_in"] | Int[Tensor, "..."]
     ) -> Float[Tensor, "... C"]:
         """x V; tokens are looked up in V (n_tokens, C), never multiplied."""
-        return F.embedding(x, self.V) if self.takes_tokens else x.to(self.V.dtype) @ self.V
+        if self.takes_tokens:
+            return F.embedding(x, self.V)
+        # Autocast brings both to its own precision.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return (x if autocast else x.to(self.V.dtype)) @ self.V
 
     def weight_error(self) -> Float[Tensor, "d_out d_in"]:
         """W - (V U)^T, what the subcomponents leave out, in full precision."""
@@ -100,8 +104,7 @@ class LinearComponents(nn.Module):
         masked_acts, m_d = masked(inner_acts, mask, delta_mask)
         out = masked_acts @ self.U
         if m_d is not None:
-            y = target_out if bias is None else target_out - bias
-            out = torch.addcmul(out, m_d, y)
+            return add_delta(out, m_d, target_out, bias)
         return (out if bias is None else out + bias).to(target_out.dtype)
 
 

@@ -5,11 +5,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
-from spd_core.component_model import ComponentModel, MaskInfo, Rows, at_rows
+from spd_core.component_model import ComponentModel, MaskInfo
 from spd_core.config.losses import Routing, StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
-from spd_core.fast.counted import CountedStream
+from spd_core.fast import native
 from spd_core.fast.masked import DrawnMask
+from spd_core.rows import Rows, at_rows
 
 Routes = dict[str, Rows | Bool[Tensor, "..."] | None]
 """Where a module runs on its components; None = everywhere. Modules left out never do."""
@@ -47,8 +48,9 @@ def draw_routes(batch: Batch, routing: Routing, purpose: str) -> list[Routes]:
                 f"{tuple(chosen.shape[:-1])}; leave it out"
             )
     each = {name: chosen[..., i] for i, name in enumerate(names)}
-    # How many they are, a GPU would have to be waited for.
-    return [dict(each) if randomness.is_counted else {n: Rows.of(at) for n, at in each.items()}]
+    if randomness.has_fixed_shapes:
+        return [dict(each)]
+    return [{name: Rows.of(at) for name, at in each.items()}]
 
 
 def stochastic_masks(
@@ -56,14 +58,17 @@ def stochastic_masks(
 ) -> dict[str, MaskInfo]:
     """Masks with random sources for the routed modules; the delta's source is always U(0, 1)."""
     stream, sources = batch.randomness.batch_stream(purpose), {}
-    if isinstance(stream, CountedStream) and model.config.sampling == "continuous":
-        with_delta = model.config.delta_component
-        drawn = {n: DrawnMask(batch.ci[n].lower, stream.next(), with_delta) for n in routes}
-        return {n: MaskInfo(drawn[n], None, rows) for n, rows in routes.items()}
+    lower, with_delta = {n: batch.ci[n].lower for n in routes}, model.config.delta_component
+    at_once = batch.randomness.has_fixed_shapes or all(map(native.is_native, lower.values()))
+    if at_once and model.config.sampling == "continuous":
+        masks = {}
+        for name, rows in routes.items():
+            mask = DrawnMask(lower[name], stream.next(), with_delta, rows)
+            masks[name] = MaskInfo(mask, None, rows)
+        return masks
     for name in routes:
-        *leading, C = batch.ci[name].lower.shape[1:]
-        # One draw for the subcomponents and the delta: fewer passes over the generators.
-        r = stream.uniform(*leading, C + model.config.delta_component)
+        *leading, C = lower[name].shape[1:]
+        r = stream.uniform(*leading, C + with_delta)
         if model.config.sampling == "binomial":
             r = torch.cat([(r[..., :C] < 0.5).to(r.dtype), r[..., C:]], -1)
         sources[name] = r

@@ -1,59 +1,54 @@
-"""Random streams addressed by (seed, purpose, step, place), never by ambient state.
+"""Random numbers addressed by (seed, purpose, step, place), never by ambient state.
 
 What an example sees depends on its place in the global batch alone, not on a restart, the number
-of ranks, or microbatches. On a CPU the batch is cut into shards with a generator each, and a rank
-draws the shards that its own examples lie in. On a GPU a number is a hash of its own place, so that
-one kernel makes them, and the host need not know the step.
+of ranks, microbatches or the kind of device.
 """
 
-from collections.abc import Callable
+import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spd_core.fast.counted import CountedStream, digest
-
-N_SHARDS = 16
+from spd_core.fast.hashed import Draw, uniform
 
 
 def stream(seed: int, purpose: str, *address: int, device: torch.device) -> torch.Generator:
     """A generator whose numbers depend on its arguments alone."""
-    return torch.Generator(device).manual_seed(digest(seed, purpose, *address))
+    return torch.Generator(device).manual_seed(_digest(seed, purpose, *address))
 
 
-@dataclass(frozen=True)
-class BatchStream:
-    """The streams of one rank's part of one batch, for one purpose.
+def _digest(*address: int | str) -> int:
+    """63 bits, which generators of CPUs and GPUs take as a seed."""
+    whole = hashlib.sha256(":".join(map(str, address)).encode()).digest()
+    return int.from_bytes(whole[:8], "big") >> 1
 
-    `shards` are generators with the number of examples that each draws; `rows` are those wanted.
-    """
 
-    shards: list[tuple[torch.Generator, int]]
-    rows: slice | Int[Tensor, "n"]
+@dataclass
+class Stream:
+    """The numbers of one purpose for one rank's part of one batch; every draw has its own."""
+
+    address: tuple[int | str, ...]
+    step: Int[Tensor, ""]
+    first: int
+    n: int
+    rows: Int[Tensor, "n_rows"] | None
+    n_draws: int = 0
+
+    def next(self) -> Draw:
+        key = _digest(*self.address, self.n_draws)
+        self.n_draws += 1
+        # Filled, not copied from the host: a copy waits for the device.
+        return Draw(torch.full_like(self.step, key), self.step, self.first, self.n, self.rows)
 
     def uniform(self, *shape: int) -> Float[Tensor, "batch *rest"]:
-        """U[0, 1) of shape (batch of this rank, *shape)."""
-        return self._draw(torch.get_default_dtype(), shape, lambda x, g: x.uniform_(generator=g))
+        """U[0, 1) of shape (batch of this rank, *shape), in steps of 2^-24."""
+        return uniform(self.next(), shape)
 
     def integers(self, low: int, high: int, *shape: int) -> Int[Tensor, "batch *rest"]:
-        """Uniform integers in [low, high) of shape (batch of this rank, *shape)."""
-        return self._draw(torch.long, shape, lambda x, g: x.random_(low, high, generator=g))
-
-    def _draw(
-        self, dtype: torch.dtype, shape: tuple[int, ...], fill: Callable[[Tensor, Any], Tensor]
-    ) -> Tensor:
-        numbers = [n for _, n in self.shards]
-        drawn = torch.empty(sum(numbers), *shape, dtype=dtype, device=self.shards[0][0].device)
-        for part, (generator, _) in zip(drawn.split(numbers), self.shards, strict=True):
-            fill(part, generator)
-        rows = self.rows
-        return drawn[rows] if isinstance(rows, slice) else drawn.index_select(0, rows)
-
-
-Stream = BatchStream | CountedStream
+        """Integers in [low, high) of that shape, uniform where these are far fewer than 2^24."""
+        return low + (self.uniform(*shape) * (high - low)).long()
 
 
 @dataclass(frozen=True)
@@ -61,8 +56,8 @@ class StepRandomness:
     """Where the random numbers of one step come from, in one of equal parts of the batch.
 
     A part is a rank's share, or one of its microbatches. Phases never share numbers. Where only
-    some rows of the part are looked at, they see the numbers of their own places. With `counter`,
-    the step's number on the device, numbers are counted; on a GPU they are in any case.
+    some rows of the part are looked at, they see the numbers of their own places. `counter` is the
+    step's number on the device, where the host is not to know it.
     """
 
     seed: int
@@ -76,42 +71,26 @@ class StepRandomness:
     counter: Int[Tensor, ""] | None = None
 
     @property
-    def is_counted(self) -> bool:
-        """Whether the device is not waited for, so that no shape may depend on its numbers."""
+    def has_fixed_shapes(self) -> bool:
+        """Whether no shape may depend on a number: a GPU would have to be waited for."""
         return self.counter is not None or self.device.type == "cuda"
 
     @property
     def examples(self) -> range:
-        """The places of this part in the global batch."""
-        return _cut(self.part, self.n_parts, self.batch_size)
+        """The places of this part in the global batch, cut into nearly equal parts."""
+        size, n_parts = self.batch_size, self.n_parts
+        return range(self.part * size // n_parts, (self.part + 1) * size // n_parts)
 
     def batch_stream(self, purpose: str) -> Stream:
-        start, stop = self.examples.start, self.examples.stop
-        if self.is_counted:
-            return self._counted(purpose, start, stop - start)
-        cuts = {i: _cut(i, N_SHARDS, self.batch_size) for i in range(N_SHARDS)}
-        touched = {i: c for i, c in cuts.items() if max(c.start, start) < min(c.stop, stop)}
-        shards = [(self._generator(f"{purpose}:{i}"), len(c)) for i, c in touched.items()]
-        first = start - min(c.start for c in touched.values())
-        rows = slice(first, first + stop - start) if self.rows is None else first + self.rows
-        return BatchStream(shards, rows)
+        return self._stream(purpose, self.examples, self.rows)
 
     def shared_stream(self, purpose: str) -> Stream:
         """One row for this step, the same on every rank."""
-        if self.is_counted:
-            return self._counted(purpose, 0, 1)
-        return BatchStream([(self._generator(purpose), 1)], slice(None))
+        return self._stream(purpose, range(1), None)
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        return stream(self.seed, f"{self.phase}:{purpose}", self.step, device=self.device)
-
-    def _counted(self, purpose: str, first: int, n: int) -> CountedStream:
+    def _stream(self, purpose: str, places: range, rows: Tensor | None) -> Stream:
         step = self.counter
         if step is None:
             step = torch.full((), self.step, device=self.device)
-        return CountedStream((self.seed, f"{self.phase}:{purpose}"), step, first, n)
-
-
-def _cut(i: int, n: int, size: int) -> range:
-    """Part i of n nearly equal parts of range(size)."""
-    return range(i * size // n, (i + 1) * size // n)
+        address = self.seed, f"{self.phase}:{purpose}"
+        return Stream(address, step, places.start, len(places), rows)

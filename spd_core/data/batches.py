@@ -12,13 +12,14 @@ from rich.console import Console
 from torch import Tensor
 
 from spd_core.ci_fns import CausalImportance
-from spd_core.component_model import ROUND, ComponentModel
+from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.data.induction import induction_sequences
 from spd_core.data.sparse import sparse_features
 from spd_core.data.text import TokenData, load_or_tokenise, token_batch
 from spd_core.distributed import Dist
 from spd_core.randomness import StepRandomness
+from spd_core.rows import ROUND
 from spd_core.targets.config import (
     CustomTargetConfig,
     InductionDataConfig,
@@ -141,7 +142,7 @@ def make_batch(
         examples = draw_examples(config, d.data, randomness, purpose)
     target_out, inputs = model.run_target(examples)
     silent = torch.arange(0)
-    if not randomness.is_counted:
+    if not randomness.has_fixed_shapes:
         silent = _silent_examples(config, inputs, len(examples))
     # Some count as active, so that a few numbers of rows come again and again (see Rows).
     silent = silent[(len(silent) - len(examples)) % ROUND :]

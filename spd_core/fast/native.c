@@ -43,6 +43,107 @@ static inline void normal(float z, float *cdf, float *density) {
     *density = 0.39894228f * e;
 }
 
+static inline uint64_t mix(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+    return z ^ (z >> 31);
+}
+
+static inline float number(uint64_t place, uint64_t shift) {
+    return (float)(int32_t)(mix(mix(place) + shift) >> 40) * 0x1p-24f;
+}
+
+/* U[0, 1) at the places row * width + column, of 24 bits; see hashed.py. */
+void hashed(int threads, int64_t n, int64_t width, uint64_t key, uint64_t shift, const int64_t *rows,
+            float *out) {
+    #pragma omp parallel for num_threads(threads)
+    for (int64_t j = 0; j < n; j++) {
+        uint64_t first = key + (uint64_t)(rows[j] * width);
+        for (int64_t c = 0; c < width; c++) out[j * width + c] = number(first + c, shift);
+    }
+}
+
+typedef uint16_t bf16;
+
+static inline float of_bf16(bf16 x) {
+    union { uint32_t i; float f; } u = { (uint32_t)x << 16 };
+    return u.f;
+}
+
+/* To the nearest, ties to even. */
+static inline bf16 to_bf16(float x) {
+    union { float f; uint32_t i; } u = { x };
+    return (x == x ? u.i + 0x7fff + ((u.i >> 16) & 1) : 0x7fc00000) >> 16;
+}
+
+static inline float same(float x) { return x; }
+
+/* One row of out = acts (m - m_d), where m = ci + (1 - ci) r, and r and m_d are the numbers from
+ * `first` on; and of its gradients, that of ci added to what is there.
+ */
+#define MASKED_ROW(T, LOAD, STORE)                                                                 \
+    static void masked_row_##T(int64_t C, uint64_t first, uint64_t shift, float m_d,               \
+                               const T *restrict acts, const float *restrict ci,                   \
+                               T *restrict out) {                                                  \
+        for (int64_t c = 0; c < C; c++) {                                                          \
+            float r = number(first + c, shift), m = r + ci[c] * (1 - r);                           \
+            out[c] = STORE(LOAD(acts[c]) * (m - m_d));                                             \
+        }                                                                                          \
+    }                                                                                              \
+    static void masked_row_gradients_##T(int64_t C, uint64_t first, uint64_t shift, float m_d,     \
+                                         const T *restrict acts, const float *restrict ci,         \
+                                         const T *restrict grad, T *restrict gacts,                \
+                                         float *restrict gci) {                                    \
+        for (int64_t c = 0; c < C; c++) {                                                          \
+            float r = number(first + c, shift), m = r + ci[c] * (1 - r), g = LOAD(grad[c]);        \
+            gacts[c] = STORE(g * (m - m_d));                                                       \
+            gci[c] += g * LOAD(acts[c]) * (1 - r);                                                 \
+        }                                                                                          \
+    }
+
+MASKED_ROW(float, same, same)
+MASKED_ROW(bf16, of_bf16, to_bf16)
+
+/* Row j has the causal importances of row rows[j], and of the numbers of a place, width = C + 1 of
+ * them or C without a delta, those of places[j]. From n_own on rows only fill up, and have no
+ * gradient. acts, out and their gradients are bf16 if `half`, else float.
+ */
+void masked_forward(int threads, int64_t n, int64_t n_own, int64_t C, int64_t width, uint64_t key,
+                    uint64_t shift, int64_t half, const int64_t *rows, const int64_t *places,
+                    const void *acts, const float *ci, void *out, float *m_d) {
+    #pragma omp parallel for num_threads(threads)
+    for (int64_t j = 0; j < n; j++) {
+        uint64_t first = key + (uint64_t)(places[j] * width);
+        const float *importance = ci + rows[j] * C;
+        int64_t at = j * C;
+        m_d[j] = width > C ? number(first + C, shift) : 0;
+        if (half)
+            masked_row_bf16(C, first, shift, m_d[j], (bf16 *)acts + at, importance, (bf16 *)out + at);
+        else
+            masked_row_float(C, first, shift, m_d[j], (float *)acts + at, importance,
+                             (float *)out + at);
+    }
+}
+
+void masked_backward(int threads, int64_t n, int64_t n_own, int64_t C, int64_t width, uint64_t key,
+                     uint64_t shift, int64_t half, const int64_t *rows, const int64_t *places,
+                     const void *acts, const float *ci, const void *grad, void *gacts, float *gci) {
+    #pragma omp parallel for num_threads(threads)
+    for (int64_t j = 0; j < n; j++) {
+        uint64_t first = key + (uint64_t)(places[j] * width);
+        const float *importance = ci + rows[j] * C;
+        float d = width > C ? number(first + C, shift) : 0, unused[C];
+        float *gimportance = j < n_own ? gci + rows[j] * C : unused;
+        int64_t at = j * C;
+        if (half)
+            masked_row_gradients_bf16(C, first, shift, d, (bf16 *)acts + at, importance,
+                                      (bf16 *)grad + at, (bf16 *)gacts + at, gimportance);
+        else
+            masked_row_gradients_float(C, first, shift, d, (float *)acts + at, importance,
+                                       (float *)grad + at, (float *)gacts + at, gimportance);
+    }
+}
+
 /* C scalar MLPs side by side, x -> sum_k w2_k gelu(w1_k x + b1_k) + b2, whose hidden activations
  * never leave the cache. x, out, grad, gx are (n, C); w1, b1, w2 and their gradients (C, h).
  */

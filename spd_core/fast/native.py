@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered, so that they vectorise; -ffast-math would change the whole process.
+DTYPES = torch.float32, torch.bfloat16, torch.long
 MATH = "-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno"
 FLAGS = f"-shared -fPIC -fopenmp -O3 -march=native {MATH}"
 
@@ -36,9 +37,20 @@ def library() -> ctypes.CDLL | None:
             return None
 
 
+def has_loops(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are loops for such tensors."""
+    return dtype == torch.float32 and device.type == "cpu" and library() is not None
+
+
 def is_native(x: Tensor) -> bool:
-    """Whether the loops can take it, and are there."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and library() is not None
+    return has_loops(x.device, x.dtype)
+
+
+def hashed(key: int, shift: int, rows: Int[Tensor, "n"], width: int) -> Float[Tensor, "n {width}"]:
+    """Numbers of `fast.hashed` at the places row x width + column."""
+    numbers = torch.empty(len(rows), width, dtype=torch.float32)
+    run("hashed", (len(rows), width, key, shift), rows, numbers)
+    return numbers
 
 
 def scalar_mlps(
@@ -76,7 +88,7 @@ class _Loops(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         inputs, ctx.of = tuple(x.contiguous() for x in inputs), (loop, sizes)
         outputs = tuple(inputs[0].new_empty(shape) for shape in shapes)
-        _run(f"{loop}_forward", sizes, *inputs, *outputs)
+        run(f"{loop}_forward", sizes, *inputs, *outputs)
         ctx.save_for_backward(*inputs)
         return outputs
 
@@ -86,11 +98,11 @@ class _Loops(torch.autograd.Function):
         first, *others = inputs
         gradients = [torch.empty_like(first), *map(torch.zeros_like, others)]
         given = [grad.contiguous() for grad in grad_outputs]
-        _run(f"{loop}_backward", sizes, *inputs, *given, *gradients)
+        run(f"{loop}_backward", sizes, *inputs, *given, *gradients)
         return (None, None, None, *gradients)
 
 
-def _run(loop: str, sizes: tuple[int, ...], *arrays: Tensor) -> None:
-    assert all(a.is_contiguous() and a.dtype == torch.float32 for a in arrays)
+def run(loop: str, sizes: tuple[int, ...], *arrays: Tensor) -> None:
+    assert all(a.is_contiguous() and a.dtype in DTYPES for a in arrays)
     pointers = [ctypes.c_void_p(array.data_ptr()) for array in arrays]
     getattr(library(), loop)(torch.get_num_threads(), *map(ctypes.c_int64, sizes), *pointers)

@@ -5,11 +5,12 @@ from typing import Literal
 
 import torch
 
-from spd_core.component_model import Cache, ComponentModel, MaskInfo, at_rows
+from spd_core.component_model import Cache, ComponentModel, MaskInfo
 from spd_core.config.losses import Routing
 from spd_core.data.batches import Batch
 from spd_core.losses.distance import LossParts, distance
 from spd_core.masks import draw_routes, stochastic_masks
+from spd_core.rows import at_rows
 
 Source = Literal["unmasked", "ci_masked", "stochastic"]
 

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from spd_core.component_model import Cache, ComponentModel, MaskInfo, Rows, expand_patterns
+from spd_core.component_model import Cache, ComponentModel, MaskInfo, expand_patterns
 from spd_core.data.batches import Batch
 from spd_core.masks import stochastic_masks
 from spd_core.randomness import StepRandomness
+from spd_core.rows import Rows
 
 
 class Net(nn.Module):

@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from spd_core import ci_fns
-from spd_core.fast import counted, masked, mlps, powers
+from spd_core.fast import hashed, masked, mlps, powers
 from spd_core.fast.fused import fused
 from spd_core.losses import distance
+from spd_core.randomness import Stream
 
 CPU = torch.device("cpu")
-STREAM = counted.CountedStream((0, "test"), torch.tensor(3), 0, 6)
+STREAM = Stream((0, "test"), torch.tensor(3), 0, 6, None)
 PARTS = [(5, 4), (5, 4), (5, 4), (5,)]
 CHAINS = {
-    "hashed": (counted.hashed, lambda: (torch.tensor(5), torch.tensor(2), 3, 40, torch.float32)),
+    "hashed": (hashed.hashed, lambda: (torch.tensor(5), torch.tensor(2), 3, 40, torch.float32)),
     "masked": (masked._masked, lambda: (torch.randn(6, 5), torch.rand(6, 5), torch.rand(6, 1))),
     "by_draw": (masked._masked_by_draw, lambda: (torch.randn(6, 5), torch.rand(6, 5), True,
                                                  STREAM.next())),

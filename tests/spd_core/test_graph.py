@@ -50,7 +50,7 @@ def test_a_recorded_step_computes_what_the_formulas_say(experiment, one_process,
     found, _, _ = accumulate_gradients(d, batches, n_micro, now, observe)
     gradients = {name: p.grad for name, p in d.model.trained_parameters().items()}
     d.model.zero_grad()
-    monkeypatch.setattr(StepRandomness, "is_counted", True)
+    monkeypatch.setattr(StepRandomness, "has_fixed_shapes", True)
     wanted = naive_losses(d.config, d.model, None, STEP)
     coeffs = scheduled(d.config, STEP).coeffs
     sum(coeffs[name] * loss for name, loss in wanted.items()).backward()

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
+from test_masks import written_down
 from torch import nn
 
 from spd_core.ci_fns import CausalImportance
-from spd_core.component_model import ComponentModel, MaskInfo, at_rows
+from spd_core.component_model import ComponentModel, MaskInfo
 from spd_core.config.losses import (
     LossConfig,
     PGDReconConfig,
@@ -22,6 +23,7 @@ from spd_core.losses import loss_parts, prepare_step
 from spd_core.losses.distance import distance, faithfulness
 from spd_core.losses.minimality import importance_minimality, power_sums
 from spd_core.randomness import StepRandomness
+from spd_core.rows import at_rows
 from spd_core.schedule import annealed_ps
 from spd_core.targets.train_target import untrained_target
 from spd_launch.compose import compose
@@ -282,7 +284,7 @@ def passes(monkeypatch):
     seen, run = [], ComponentModel.run_masked
 
     def spy(self, x, masks, *rest, **named):
-        seen.append(masks)
+        seen.append(written_down(masks))
         return run(self, x, masks, *rest, **named)
 
     monkeypatch.setattr(ComponentModel, "run_masked", spy)

@@ -3,17 +3,22 @@
 import pytest
 import torch
 
-from spd_core.fast.counted import CountedStream
-from spd_core.fast.masked import DrawnMask, masked
+from spd_core.fast import native
+from spd_core.fast.hashed import uniform
+from spd_core.fast.masked import DrawnMask, add_delta, masked
+from spd_core.randomness import Stream
+from spd_core.rows import Rows
+
+needs_loops = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 
 
 def draw():
-    return CountedStream((0, "test"), torch.tensor(3), 2, 4).next()
+    return Stream((0, "test"), torch.tensor(3), 2, 4, None).next()
 
 
 def numbers(width):
     """Those that `draw` stands for."""
-    return CountedStream((0, "test"), torch.tensor(3), 2, 4).uniform(5, width)
+    return Stream((0, "test"), torch.tensor(3), 2, 4, None).uniform(5, width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,7 +46,7 @@ def test_a_drawn_mask_is_the_one_that_its_numbers_give(with_delta):
     r = numbers(4 if with_delta else 3)
     explicit = ci + (1 - ci) * r[..., :3]
     wanted, wanted_m_d = masked(acts, explicit, r[..., 3] if with_delta else None)
-    got, m_d = masked(acts, DrawnMask(ci, draw(), with_delta), None)
+    got, m_d = masked(acts, DrawnMask(ci, draw(), with_delta, None), None)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     assert (m_d is None) == (wanted_m_d is None)
     if with_delta:
@@ -53,3 +58,71 @@ def test_a_drawn_mask_is_the_one_that_its_numbers_give(with_delta):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@needs_loops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_delta", [True, False])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_at_some_positions_a_mask_has_their_numbers(dtype, with_delta, n_threads):
+    """And what fills the rows up to a round number has no gradient."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    rows = Rows.of(torch.arange(20).view(4, 5) % 3 == 1)
+    r = numbers(8 if with_delta else 7).flatten(0, 1)[rows.index]
+    ci = torch.rand(4, 5, 7, requires_grad=True)
+    acts = torch.randn(32, 7).to(dtype).requires_grad_()
+    got, m_d = masked(acts, DrawnMask(ci, draw(), with_delta, rows), None)
+    at = ci.flatten(0, 1)[rows.index]
+    wanted = acts.float() * (at + (1 - at) * r[:, :7] - (r[:, 7:] if with_delta else 0))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, wanted.to(dtype), rtol=1e-2 if dtype != torch.float32 else 1e-5,
+                               atol=1e-6)  # fmt: skip
+    assert torch.equal(m_d, r[:, 7:]) if with_delta else m_d is None
+    up = torch.randn(32, 7).to(dtype)
+    up[rows.n :] = 0
+    found = torch.autograd.grad(got, (acts, ci), up)
+    torch.set_num_threads(before)
+    for a, b in zip(found, torch.autograd.grad(wanted, (acts, ci), up.float()), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)
+
+
+@needs_loops
+def test_bfloat16_is_rounded_to_the_nearest_and_nan_stays():
+    stream = Stream(("test",), torch.tensor(1), 0, 1, None)
+    acts = torch.tensor([[1.0, -3.140625, float("nan"), float("inf"), 1e-40]]).bfloat16()
+    got, _ = masked(acts, DrawnMask(torch.ones(1, 5), stream.next(), False, None), None)
+    torch.testing.assert_close(got, acts, rtol=0, atol=0, equal_nan=True)
+    acts, drawn = (4 * torch.rand(1, 2000)).bfloat16(), stream.next()
+    got, _ = masked(acts, DrawnMask(torch.zeros(1, 2000), drawn, False, None), None)
+    assert torch.equal(got, (acts.float() * uniform(drawn, (2000,))).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 4, 1), (1, 1, 1)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_delta_is_added_as_the_formula_says(dtype, shape, with_bias):
+    out, y = (torch.randn(6, 4, 5).to(dtype).requires_grad_() for _ in range(2))
+    full = torch.float32 if dtype == torch.bfloat16 else dtype
+    m_d, bias = torch.rand(shape, dtype=full, requires_grad=True), torch.randn(5, dtype=full)
+    got = add_delta(out, m_d, y, bias if with_bias else None)
+    b = bias if with_bias else torch.zeros(5, dtype=full)
+    wanted = out.to(full) + m_d * (y.to(full) - b) + b
+    up = torch.randn(6, 4, 5).to(dtype)
+    found = torch.autograd.grad(got, (out, m_d, y), up)
+    formula = torch.autograd.grad(wanted, (out, m_d, y), up.to(full))
+    bounds = {"rtol": 1e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    for a, b in zip([got, *found], [wanted.to(dtype), *formula], strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, **bounds)
+
+
+def test_what_runs_once_for_all_examples_is_masked_for_each():
+    acts, ci = torch.randn(1, 5, 3, requires_grad=True), torch.rand(4, 5, 3)
+    got, m_d = masked(acts, DrawnMask(ci, draw(), True, None), None)
+    wanted, _ = masked(acts.expand(4, -1, -1), DrawnMask(ci, draw(), True, None), None)
+    assert got.shape == (4, 5, 3) and torch.equal(got, wanted) and m_d.shape == (4, 5, 1)
+    up = torch.randn(4, 5, 3)
+    (grad,) = torch.autograd.grad(got, acts, up)
+    assert torch.equal(grad, torch.autograd.grad(wanted, acts, up)[0])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
+from test_masks import written_down
 from test_text import make as text
 from torch import nn
 
@@ -93,7 +94,7 @@ def spied(model, monkeypatch):
     """The masks of every pass through the model from now on."""
     passes, run_masked = [], model.run_masked
     monkeypatch.setattr(
-        model, "run_masked", lambda x, masks: passes.append(masks) or run_masked(x, masks)
+        model, "run_masked", lambda x, m: passes.append(written_down(m)) or run_masked(x, m)
     )
     return passes
 

@@ -251,7 +251,7 @@ def test_figures_never_change_the_weights(start, make_config, monkeypatch):
 
 def test_what_is_alive_survives_a_stop(start, make_config):
     config = make_config(
-        "+eval.metrics.alive_components={when:1,threshold:0.1,n_examples:1000}", "seed=1"
+        "+eval.metrics.alive_components={when:1,threshold:0.1,n_examples:1000}", "seed=2"
     )
     whole, _ = start("whole", config)
     stopped, _ = start("stopped", config, stop_after(4))
@@ -517,7 +517,8 @@ def test_gradients_are_clipped_apart(one_step):
         "ci_fns": torch.cat([p.grad.flatten() for p in model.ci_fn_parameters()]).norm(),
     }
     torch.testing.assert_close(result.grad_norms["components"], free["components"])
-    assert norm["components"].item() == pytest.approx(limit, rel=1e-3)
+    scale = limit / (free["components"].item() + 1e-6)  # PyTorch's own guard against zero
+    assert norm["components"].item() == pytest.approx(scale * free["components"].item(), rel=1e-3)
     torch.testing.assert_close(norm["ci_fns"], free["ci_fns"])
 
 
