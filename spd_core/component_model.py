@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spd_core.ci_fns import CausalImportance, apply_sigmoid, make_ci_fn
 from spd_core.components import Identity, LinearComponents, check_decomposable, is_decomposable, tie
 from spd_core.config import DecomposeConfig
-from spd_core.fast.masked import DrawnMask
+from spd_core.fast.masked import LazyMask
 from spd_core.randomness import Stream, stream
 from spd_core.rows import Rows, at_rows
 from spd_core.targets.select import select_output
@@ -28,7 +28,7 @@ class MaskInfo:
     for, it says of each position whether it is one, and masks are for all. None = everywhere.
     """
 
-    mask: Float[Tensor, "... C"] | DrawnMask | None
+    mask: Float[Tensor, "... C"] | LazyMask | None
     delta_mask: Float[Tensor, "..."] | None
     rows: Rows | Bool[Tensor, "..."] | None
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spd_core.fast.masked import DrawnMask, add_delta, masked
+from spd_core.fast.masked import LazyMask, add_delta, masked
 
 
 class Identity(nn.Module):
@@ -89,7 +89,7 @@ class LinearComponents(nn.Module):
         self,
         inner_acts: Float[Tensor, "... C"],
         target_out: Float[Tensor, "... d_out"],
-        mask: Float[Tensor, "... C"] | DrawnMask | None,
+        mask: Float[Tensor, "... C"] | LazyMask | None,
         delta_mask: Float[Tensor, "..."] | None,
     ) -> Float[Tensor, "... d_out"]:
         """Masked output ((x V) * m) U + m_d x (W - (V U)^T)^T + b, of `inner_acts` x V.

@@ -9,7 +9,7 @@ from spd_core.component_model import ComponentModel, MaskInfo
 from spd_core.config.losses import Routing, StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
 from spd_core.fast import native
-from spd_core.fast.masked import DrawnMask
+from spd_core.fast.masked import LazyMask
 from spd_core.rows import Rows, at_rows
 
 Routes = dict[str, Rows | Bool[Tensor, "..."] | None]
@@ -61,11 +61,8 @@ def stochastic_masks(
     lower, with_delta = {n: batch.ci[n].lower for n in routes}, model.config.delta_component
     at_once = batch.randomness.has_fixed_shapes or all(map(native.is_native, lower.values()))
     if at_once and model.config.sampling == "continuous":
-        masks = {}
-        for name, rows in routes.items():
-            mask = DrawnMask(lower[name], stream.next(), with_delta, rows)
-            masks[name] = MaskInfo(mask, None, rows)
-        return masks
+        lazy = {n: LazyMask(lower[n], stream.next(), with_delta, at) for n, at in routes.items()}
+        return {n: MaskInfo(lazy[n], None, at) for n, at in routes.items()}
     for name in routes:
         *leading, C = lower[name].shape[1:]
         r = stream.uniform(*leading, C + with_delta)
@@ -82,8 +79,11 @@ def masks_from_sources(
     masks = {}
     for name, rows in routes.items():
         lower, source = ci[name].lower, sources[name]
-        n_dims, C = lower.dim() - 1, lower.shape[-1]
-        if isinstance(rows, Rows) and source.shape[:-1].numel() == 1:  # one for all positions
+        n_dims, C, is_shared = lower.dim() - 1, lower.shape[-1], source.shape[:-1].numel() == 1
+        if is_shared and native.is_native(lower):
+            masks[name] = MaskInfo(LazyMask(lower, source, source.shape[-1] > C, rows), None, rows)
+            continue
+        if isinstance(rows, Rows) and is_shared:
             source = source.flatten(0, -2)
         else:
             source = at_rows(source, rows, n_dims)

@@ -3,6 +3,7 @@
  */
 #include <stdint.h>
 #include <math.h>
+#include <string.h>
 
 #define BLOCK 64
 #define ROWS 256
@@ -78,69 +79,82 @@ static inline bf16 to_bf16(float x) {
 
 static inline float same(float x) { return x; }
 
-/* One row of out = acts (m - m_d), where m = ci + (1 - ci) r, and r and m_d are the numbers from
- * `first` on; and of its gradients, that of ci added to what is there.
+/* One row of out = acts (m - m_d), where m = ci + (1 - ci) r, and of its gradients: those of ci and r
+ * are added to what is there, that of m_d is returned.
  */
 #define MASKED_ROW(T, LOAD, STORE)                                                                 \
-    static void masked_row_##T(int64_t C, uint64_t first, uint64_t shift, float m_d,               \
+    static void masked_row_##T(int64_t C, float m_d, const float *restrict r,                      \
                                const T *restrict acts, const float *restrict ci,                   \
                                T *restrict out) {                                                  \
-        for (int64_t c = 0; c < C; c++) {                                                          \
-            float r = number(first + c, shift), m = r + ci[c] * (1 - r);                           \
-            out[c] = STORE(LOAD(acts[c]) * (m - m_d));                                             \
-        }                                                                                          \
+        for (int64_t c = 0; c < C; c++)                                                            \
+            out[c] = STORE(LOAD(acts[c]) * (r[c] + ci[c] * (1 - r[c]) - m_d));                     \
     }                                                                                              \
-    static void masked_row_gradients_##T(int64_t C, uint64_t first, uint64_t shift, float m_d,     \
-                                         const T *restrict acts, const float *restrict ci,         \
-                                         const T *restrict grad, T *restrict gacts,                \
-                                         float *restrict gci) {                                    \
+    static float masked_row_gradients_##T(int64_t C, float m_d, const float *restrict r,           \
+                                          const T *restrict acts, const float *restrict ci,        \
+                                          const T *restrict grad, T *restrict gacts,               \
+                                          float *restrict gci, float *restrict gr) {               \
+        float total = 0;                                                                           \
         for (int64_t c = 0; c < C; c++) {                                                          \
-            float r = number(first + c, shift), m = r + ci[c] * (1 - r), g = LOAD(grad[c]);        \
-            gacts[c] = STORE(g * (m - m_d));                                                       \
-            gci[c] += g * LOAD(acts[c]) * (1 - r);                                                 \
+            float g = LOAD(grad[c]), of_mask = g * LOAD(acts[c]);                                  \
+            gacts[c] = STORE(g * (r[c] + ci[c] * (1 - r[c]) - m_d));                               \
+            gci[c] += of_mask * (1 - r[c]);                                                        \
+            gr[c] += of_mask * (1 - ci[c]);                                                        \
+            total -= of_mask;                                                                      \
         }                                                                                          \
+        return total;                                                                              \
     }
 
 MASKED_ROW(float, same, same)
 MASKED_ROW(bf16, of_bf16, to_bf16)
 
-/* Row j has the causal importances of row rows[j], and of the numbers of a place, width = C + 1 of
- * them or C without a delta, those of places[j]. From n_own on rows only fill up, and have no
- * gradient. acts, out and their gradients are bf16 if `half`, else float.
+static inline void draw(int64_t width, uint64_t first, uint64_t shift, float *r) {
+    for (int64_t c = 0; c < width; c++) r[c] = number(first + c, shift);
+}
+
+/* Row j has the causal importances of row rows[j]. r has width = C + 1 numbers, of which the last is
+ * m_d, or C without a delta: those of places[j], or if `shared` for all rows those in `source`.
+ * acts, out and their gradients are bf16 if `half`, else float.
  */
 void masked_forward(int threads, int64_t n, int64_t n_own, int64_t C, int64_t width, uint64_t key,
-                    uint64_t shift, int64_t half, const int64_t *rows, const int64_t *places,
-                    const void *acts, const float *ci, void *out, float *m_d) {
+                    uint64_t shift, int64_t half, int64_t shared, const int64_t *rows,
+                    const int64_t *places, const void *acts, const float *ci, const float *source,
+                    void *out, float *m_d) {
     #pragma omp parallel for num_threads(threads)
     for (int64_t j = 0; j < n; j++) {
-        uint64_t first = key + (uint64_t)(places[j] * width);
-        const float *importance = ci + rows[j] * C;
+        float drawn[width];
+        if (!shared) draw(width, key + (uint64_t)(places[j] * width), shift, drawn);
+        const float *r = shared ? source : drawn, *importance = ci + rows[j] * C;
         int64_t at = j * C;
-        m_d[j] = width > C ? number(first + C, shift) : 0;
-        if (half)
-            masked_row_bf16(C, first, shift, m_d[j], (bf16 *)acts + at, importance, (bf16 *)out + at);
-        else
-            masked_row_float(C, first, shift, m_d[j], (float *)acts + at, importance,
-                             (float *)out + at);
+        m_d[j] = width > C ? r[C] : 0;
+        if (half) masked_row_bf16(C, m_d[j], r, (bf16 *)acts + at, importance, (bf16 *)out + at);
+        else masked_row_float(C, m_d[j], r, (float *)acts + at, importance, (float *)out + at);
     }
 }
 
+/* From n_own on rows give ci no gradient: they only fill up, and might come twice. That of a shared
+ * source is in parts, one of every ROWS rows, so that sums do not depend on the number of threads.
+ */
 void masked_backward(int threads, int64_t n, int64_t n_own, int64_t C, int64_t width, uint64_t key,
-                     uint64_t shift, int64_t half, const int64_t *rows, const int64_t *places,
-                     const void *acts, const float *ci, const void *grad, void *gacts, float *gci) {
+                     uint64_t shift, int64_t half, int64_t shared, const int64_t *rows,
+                     const int64_t *places, const void *acts, const float *ci, const float *source,
+                     const void *grad, void *gacts, float *gci, float *gsource) {
     #pragma omp parallel for num_threads(threads)
-    for (int64_t j = 0; j < n; j++) {
-        uint64_t first = key + (uint64_t)(places[j] * width);
-        const float *importance = ci + rows[j] * C;
-        float d = width > C ? number(first + C, shift) : 0, unused[C];
-        float *gimportance = j < n_own ? gci + rows[j] * C : unused;
-        int64_t at = j * C;
-        if (half)
-            masked_row_gradients_bf16(C, first, shift, d, (bf16 *)acts + at, importance,
-                                      (bf16 *)grad + at, (bf16 *)gacts + at, gimportance);
-        else
-            masked_row_gradients_float(C, first, shift, d, (float *)acts + at, importance,
-                                       (float *)grad + at, (float *)gacts + at, gimportance);
+    for (int64_t part = 0; part < (n + ROWS - 1) / ROWS; part++) {
+        float drawn[width], unused[C], unused_r[width], *gr = shared ? gsource + part * width : unused_r;
+        memset(unused, 0, sizeof unused);
+        memset(unused_r, 0, sizeof unused_r);
+        for (int64_t j = part * ROWS; j < n && j < (part + 1) * ROWS; j++) {
+            if (!shared) draw(width, key + (uint64_t)(places[j] * width), shift, drawn);
+            const float *r = shared ? source : drawn, *importance = ci + rows[j] * C;
+            float d = width > C ? r[C] : 0, *gimportance = j < n_own ? gci + rows[j] * C : unused;
+            int64_t at = j * C;
+            float total = half ? masked_row_gradients_bf16(
+                C, d, r, (bf16 *)acts + at, importance, (bf16 *)grad + at, (bf16 *)gacts + at,
+                gimportance, gr) : masked_row_gradients_float(
+                C, d, r, (float *)acts + at, importance, (float *)grad + at, (float *)gacts + at,
+                gimportance, gr);
+            if (width > C) gr[C] += total;
+        }
     }
 }
 

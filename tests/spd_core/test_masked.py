@@ -5,7 +5,7 @@ import torch
 
 from spd_core.fast import native
 from spd_core.fast.hashed import uniform
-from spd_core.fast.masked import DrawnMask, add_delta, masked
+from spd_core.fast.masked import LazyMask, add_delta, masked
 from spd_core.randomness import Stream
 from spd_core.rows import Rows
 
@@ -46,7 +46,7 @@ def test_a_drawn_mask_is_the_one_that_its_numbers_give(with_delta):
     r = numbers(4 if with_delta else 3)
     explicit = ci + (1 - ci) * r[..., :3]
     wanted, wanted_m_d = masked(acts, explicit, r[..., 3] if with_delta else None)
-    got, m_d = masked(acts, DrawnMask(ci, draw(), with_delta, None), None)
+    got, m_d = masked(acts, LazyMask(ci, draw(), with_delta, None), None)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     assert (m_d is None) == (wanted_m_d is None)
     if with_delta:
@@ -63,39 +63,66 @@ def test_a_drawn_mask_is_the_one_that_its_numbers_give(with_delta):
 @needs_loops
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_delta", [True, False])
-@pytest.mark.parametrize("n_threads", [1, 2])
-def test_at_some_positions_a_mask_has_their_numbers(dtype, with_delta, n_threads):
+@pytest.mark.parametrize("kind", ["drawn", "shared"])
+def test_at_some_positions_a_mask_has_their_numbers(dtype, with_delta, kind):
     """And what fills the rows up to a round number has no gradient."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    rows = Rows.of(torch.arange(20).view(4, 5) % 3 == 1)
-    r = numbers(8 if with_delta else 7).flatten(0, 1)[rows.index]
-    ci = torch.rand(4, 5, 7, requires_grad=True)
-    acts = torch.randn(32, 7).to(dtype).requires_grad_()
-    got, m_d = masked(acts, DrawnMask(ci, draw(), with_delta, rows), None)
+    n, width = 400, 8 if with_delta else 7
+    stream = Stream(("test",), torch.tensor(3), 2, n, None)
+    source, rows = stream.next(), Rows.of(torch.rand(n, 5) < 0.6)
+    r = uniform(source, (5, width)).flatten(0, 1)[rows.index]
+    if kind == "shared":
+        source = torch.rand(1, 1, width, requires_grad=True)
+        r = source[0].expand(len(rows.index), -1)
+    ci = torch.rand(n, 5, 7, requires_grad=True)
+    acts = torch.randn(len(rows.index), 7).to(dtype).requires_grad_()
     at = ci.flatten(0, 1)[rows.index]
     wanted = acts.float() * (at + (1 - at) * r[:, :7] - (r[:, 7:] if with_delta else 0))
-    assert got.dtype == dtype
-    torch.testing.assert_close(got, wanted.to(dtype), rtol=1e-2 if dtype != torch.float32 else 1e-5,
-                               atol=1e-6)  # fmt: skip
-    assert torch.equal(m_d, r[:, 7:]) if with_delta else m_d is None
-    up = torch.randn(32, 7).to(dtype)
+    up = torch.randn(len(rows.index), 7).to(dtype)
     up[rows.n :] = 0
-    found = torch.autograd.grad(got, (acts, ci), up)
+    leaves, bounds = (acts, ci), {"rtol": 1e-4, "atol": 1e-5}
+    if kind == "shared":
+        leaves += (source,)
+    if dtype != torch.float32:
+        bounds = {"rtol": 1e-2, "atol": 1e-2}
+    expected, before = torch.autograd.grad(wanted, leaves, up.float()), torch.get_num_threads()
+    bits = []
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        got, m_d = masked(acts, LazyMask(ci, source, with_delta, rows), None)
+        found = torch.autograd.grad(got, leaves, up)
+        bits.append([got, *found])
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, wanted.to(dtype), **bounds)
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, **bounds)
+        if with_delta:
+            assert torch.equal(m_d.expand(len(r), 1), r[:, 7:])
     torch.set_num_threads(before)
-    for a, b in zip(found, torch.autograd.grad(wanted, (acts, ci), up.float()), strict=True):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)
+    for other in bits[1:]:
+        assert all(map(torch.equal, bits[0], other))
+
+
+@needs_loops
+def test_the_delta_of_a_shared_source_has_its_gradient():
+    """Through both of its places, (m - m_d) and m_d y."""
+    ci, source = torch.rand(6, 4), torch.rand(1, 5, requires_grad=True)
+    acts, y = torch.randn(6, 4), torch.randn(6, 3)
+    out, m_d = masked(acts, LazyMask(ci, source, True, None), None)
+    (got,) = torch.autograd.grad((add_delta(out[:, :3], m_d, y, None) ** 2).sum(), source)
+    m, d = ci + (1 - ci) * source[:, :4], source[:, 4:]
+    (wanted,) = torch.autograd.grad((((acts * (m - d))[:, :3] + d * y) ** 2).sum(), source)
+    torch.testing.assert_close(got, wanted)
 
 
 @needs_loops
 def test_bfloat16_is_rounded_to_the_nearest_and_nan_stays():
     stream = Stream(("test",), torch.tensor(1), 0, 1, None)
     acts = torch.tensor([[1.0, -3.140625, float("nan"), float("inf"), 1e-40]]).bfloat16()
-    got, _ = masked(acts, DrawnMask(torch.ones(1, 5), stream.next(), False, None), None)
+    got, _ = masked(acts, LazyMask(torch.ones(1, 5), stream.next(), False, None), None)
     torch.testing.assert_close(got, acts, rtol=0, atol=0, equal_nan=True)
     acts, drawn = (4 * torch.rand(1, 2000)).bfloat16(), stream.next()
-    got, _ = masked(acts, DrawnMask(torch.zeros(1, 2000), drawn, False, None), None)
+    got, _ = masked(acts, LazyMask(torch.zeros(1, 2000), drawn, False, None), None)
     assert torch.equal(got, (acts.float() * uniform(drawn, (2000,))).bfloat16())
 
 
@@ -120,8 +147,8 @@ def test_the_delta_is_added_as_the_formula_says(dtype, shape, with_bias):
 
 def test_what_runs_once_for_all_examples_is_masked_for_each():
     acts, ci = torch.randn(1, 5, 3, requires_grad=True), torch.rand(4, 5, 3)
-    got, m_d = masked(acts, DrawnMask(ci, draw(), True, None), None)
-    wanted, _ = masked(acts.expand(4, -1, -1), DrawnMask(ci, draw(), True, None), None)
+    got, m_d = masked(acts, LazyMask(ci, draw(), True, None), None)
+    wanted, _ = masked(acts.expand(4, -1, -1), LazyMask(ci, draw(), True, None), None)
     assert got.shape == (4, 5, 3) and torch.equal(got, wanted) and m_d.shape == (4, 5, 1)
     up = torch.randn(4, 5, 3)
     (grad,) = torch.autograd.grad(got, acts, up)

@@ -13,7 +13,7 @@ from spd_core.component_model import MaskInfo
 from spd_core.config.losses import StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
 from spd_core.fast.hashed import uniform
-from spd_core.fast.masked import DrawnMask
+from spd_core.fast.masked import LazyMask
 from spd_core.masks import draw_routes, masks_from_sources, stochastic_masks
 from spd_core.randomness import StepRandomness
 from spd_core.rows import Rows, at_rows
@@ -25,7 +25,8 @@ UNIT = st.floats(0, 1, width=32)
 def test_formula(ci, r):
     lower = torch.tensor([ci])
     importances = {"a": CausalImportance(lower, lower, lower)}
-    m = masks_from_sources(importances, {"a": torch.tensor([r])}, {"a": None})["a"].mask.item()
+    masks = masks_from_sources(importances, {"a": torch.tensor([r])}, {"a": None})
+    m = written_down(masks)["a"].mask.item()
     assert m == pytest.approx(ci + (1 - ci) * r, abs=1e-6)
     assert min(ci, r) - 1e-6 <= m <= 1 + 1e-6
 
@@ -44,11 +45,14 @@ def written_down(masks):
 
 
 def _written_down(info):
-    if not isinstance(info.mask, DrawnMask):
+    if not isinstance(info.mask, LazyMask):
         return info
     ci, with_delta = info.mask.ci, info.mask.with_delta
     n_dims, C = ci.dim() - 1, ci.shape[-1]
-    r = at_rows(uniform(info.mask.draw, (*ci.shape[1:-1], C + with_delta)), info.rows, n_dims)
+    r = info.mask.source
+    if not isinstance(r, torch.Tensor):
+        r = uniform(r, (*ci.shape[1:-1], C + with_delta))
+    r = at_rows(r.expand(*ci.shape[:-1], C + with_delta), info.rows, n_dims)
     ci = at_rows(ci, info.rows, n_dims)
     mask = ci + (1 - ci) * r[..., :C]
     return MaskInfo(mask, r[..., C] if with_delta else None, info.rows)
@@ -104,12 +108,12 @@ def test_given_sources_are_shared_or_one_per_datapoint(delta):
     ci = {"a": CausalImportance(lower, lower, lower)}
     for leading in ((2, 3), (1, 1)):
         source = torch.rand(*leading, 4 + delta)
-        info = masks_from_sources(ci, {"a": source}, {"a": None})["a"]
+        info = written_down(masks_from_sources(ci, {"a": source}, {"a": None}))["a"]
         wanted = lower.numpy() + (1 - lower.numpy()) * source[..., :4].numpy()
         np.testing.assert_allclose(info.mask.numpy(), wanted, rtol=1e-6)
         assert (info.delta_mask is None) != delta
         if delta:
-            assert torch.equal(info.delta_mask, source[..., 4])
+            assert torch.equal(info.delta_mask, source[..., 4].expand(2, 3))
 
 
 def test_only_routed_modules_are_masked():
