@@ -12,7 +12,8 @@ from spd_core.run_dir import RunDir
 from spd_core.targets.train_target import load_target
 
 WANDB = re.compile(  # behind a run's URL may stand the tab that was open, and more
-    r"(?:wandb:)?(https?://[^/]+/)?([\w.-]+/[\w.-]+)(?:/runs)?/([\w.-]+)/?(?(1)(?:[/?#].*)?)"
+    r"(?:wandb:)?(https?://[^/]+/)?([\w.-]+/[\w.-]+)(?:/runs)?/"
+    r"(?!(?:sweeps|reports|workspace|table)(?:[/?#]|$))([\w.-]+)/?(?(1)(?:[/?#].*)?)"
 )
 
 

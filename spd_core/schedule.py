@@ -8,7 +8,10 @@ from spd_core.config.losses import ImportanceMinimalityConfig, LossConfig
 
 
 def schedule_value(schedule: ScheduleConfig | float, step: int, steps: int) -> float:
-    """The value at `step` of 0..steps-1; of more steps than one, the last has `end` exactly."""
+    """The value at `step` of 0..steps-1; of more steps than one, the last has `end` exactly.
+
+    From 0 to `start` in the warm-up; then to `end`, by (1 + cos(pi t)) / 2 if it is a cosine.
+    """
     if not isinstance(schedule, ScheduleConfig):
         return schedule
     n_warmup = min(round(schedule.warmup_fraction * steps), steps - 1)

@@ -51,7 +51,17 @@ def test_outputs_is_the_folder_where_none_is_set(finished, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "reference", ["nowhere", "a/b", "a/b/c/d", "", "wandb:a/b", "https://x.y/"]
+    "reference",
+    [
+        "nowhere",
+        "a/b",
+        "a/b/c/d",
+        "",
+        "wandb:a/b",
+        "https://x.y/",
+        "https://wandb.ai/team/toy/sweeps/abc",
+        "https://wandb.ai/team/toy/workspace?nw=x",
+    ],
 )
 def test_what_is_no_reference_is_refused_with_the_forms_that_are(reference, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
