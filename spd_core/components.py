@@ -76,9 +76,9 @@ class LinearComponents(nn.Module):
         """x V; tokens are looked up in V (n_tokens, C), never multiplied."""
         if self.takes_tokens:
             return F.embedding(x, self.V)
-        # Autocast brings both to its own precision.
-        autocast = torch.is_autocast_enabled(x.device.type)
-        return (x if autocast else x.to(self.V.dtype)) @ self.V
+        if not torch.is_autocast_enabled(x.device.type):  # which brings both to its own precision
+            x = x.to(self.V.dtype)
+        return x @ self.V
 
     def weight_error(self) -> Float[Tensor, "d_out d_in"]:
         """W - (V U)^T, what the subcomponents leave out, in full precision."""

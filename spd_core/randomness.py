@@ -55,9 +55,8 @@ class Stream:
 class StepRandomness:
     """Where the random numbers of one step come from, in one of equal parts of the batch.
 
-    A part is a rank's share, or one of its microbatches. Phases never share numbers. Where only
-    some rows of the part are looked at, they see the numbers of their own places. `counter` is the
-    step's number on the device, where the host is not to know it.
+    A part is a rank's share, or one of its microbatches. Phases never share numbers. Some `rows` of
+    a part see those of their own places. `counter`: the step's number, if only the device knows it.
     """
 
     seed: int

@@ -8,9 +8,9 @@ from spd_core.config.losses import ImportanceMinimalityConfig, LossConfig
 
 
 def schedule_value(schedule: ScheduleConfig | float, step: int, steps: int) -> float:
-    """The value at `step` of 0..steps-1; of more steps than one, the last has `end` exactly.
+    """The value at `step` of 0..steps-1, of which the last has `end` exactly (unless it is alone).
 
-    From 0 to `start` in the warm-up; then to `end`, by (1 + cos(pi t)) / 2 if it is a cosine.
+    After the warm-up it moves by t, or for a cosine (1 - cos(pi t)) / 2, of the way from `start`.
     """
     if not isinstance(schedule, ScheduleConfig):
         return schedule
