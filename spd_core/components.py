@@ -76,7 +76,7 @@ class LinearComponents(nn.Module):
         """x V; tokens are looked up in V (n_tokens, C), never multiplied."""
         if self.takes_tokens:
             return F.embedding(x, self.V)
-        if not torch.is_autocast_enabled(x.device.type):  # which brings both to its own precision
+        if x.dtype.itemsize > 2 or not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.V.dtype)
         return x @ self.V
 

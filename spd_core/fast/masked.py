@@ -7,20 +7,21 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spd_core.fast import native
 from spd_core.fast.fused import fused
 from spd_core.fast.hashed import GAMMA, Draw, hashed
 from spd_core.rows import Rows
 
-ROWS = 256  # as in native.c
+PART = 64  # rows whose gradients of a shared source are summed by one thread
 
 
 @dataclass(frozen=True)
 class LazyMask:
     """The mask ci + (1 - ci) r, and that of the delta, which are never written down.
 
-    The source r is drawn anew at every position, or is the same at all. With `rows` the mask is for
+    The source r is drawn anew at every position, or is the same at all. With `Rows` the mask is for
     these alone, though ci and a draw are for all positions.
     """
 
@@ -44,7 +45,7 @@ def masked(
         ci, source, with_delta = mask.ci, mask.source, mask.with_delta
         if native.is_native(ci):
             return _masked_in_a_loop(inner_acts, mask)
-        assert not isinstance(source, Tensor)
+        assert not isinstance(source, Tensor) and source.rows is None
         return fused(_masked_by_draw, device)(inner_acts, ci, with_delta, source)
     if delta_mask is None:
         return (inner_acts if mask is None else inner_acts * mask), None
@@ -78,22 +79,21 @@ class _AddDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, m_d: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-        y_only = y if bias is None else y - bias
-        ctx.save_for_backward(m_d, y_only)
-        ctx.dtypes = out.dtype, y.dtype
-        total = torch.addcmul(out, m_d, y_only)
+        ctx.save_for_backward(m_d, y, bias)
+        ctx.of_out = out.dtype
+        total = torch.addcmul(out, m_d, y if bias is None else y - bias)
         return (total if bias is None else total + bias).to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (m_d, y_only), (of_out, of_y) = grad_outputs, ctx.saved_tensors, ctx.dtypes
+        (grad,), (m_d, y, bias) = grad_outputs, ctx.saved_tensors
         grad_m_d = grad_y = None
         if ctx.needs_input_grad[1]:
-            products = grad.to(m_d.dtype) * y_only
+            products = grad.to(m_d.dtype) * (y if bias is None else y - bias)
             grad_m_d = products.sum(-1, keepdim=True).sum_to_size(m_d.shape)
         if ctx.needs_input_grad[2]:
-            grad_y = (grad * m_d).to(of_y)
-        return grad.to(of_out), grad_m_d, grad_y, None
+            grad_y = (grad * m_d).to(y.dtype)
+        return grad.to(ctx.of_out), grad_m_d, grad_y, None
 
 
 def _masked(inner_acts: Tensor, mask: Tensor | None, m_d: Tensor) -> Tensor:
@@ -124,7 +124,8 @@ class _MaskedInALoop(torch.autograd.Function):
         index, n_own = torch.arange(math.prod(positions)), math.prod(positions)
         if isinstance(mask.rows, Rows):
             index, n_own = mask.rows.index, mask.rows.n
-        assert acts.shape[:-1].numel() == len(index)
+        assert acts.shape[:-1].numel() == len(index) and ci.dtype == torch.float32
+        assert acts.dtype in (torch.float32, torch.bfloat16)
         width, half = C + mask.with_delta, acts.dtype == torch.bfloat16
         if isinstance(mask.source, Tensor):
             key, shift, places, source = 0, 0, index, mask.source.flatten().contiguous()
@@ -134,6 +135,7 @@ class _MaskedInALoop(torch.autograd.Function):
             examples = first + (torch.arange(n) if of_batch is None else of_batch)
             places = (examples[:, None] * n_each + torch.arange(n_each)).flatten()[index]
             key, shift, source = int(key), int(step) * GAMMA, ci.new_empty(0)
+        assert source.dtype == torch.float32
         ctx.sizes = len(index), n_own, C, width, key, shift, half, shared is not None
         read = index, places, acts, ci, source
         ctx.save_for_backward(*read)
@@ -143,14 +145,17 @@ class _MaskedInALoop(torch.autograd.Function):
         return out, m_d
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         *_, acts, ci, source = ctx.saved_tensors
         n, n_own, *sizes = ctx.sizes
         grad_acts, grad_ci = torch.empty_like(acts), None
         if ctx.needs_input_grad[1]:
             grad_ci = torch.zeros_like(ci)
-        parts = ci.new_zeros(-(-n // ROWS), len(source))
-        sizes = n, 0 if grad_ci is None else n_own, *sizes
+        parts = ci.new_zeros(-(-n // PART), len(source))
+        sizes = n, 0 if grad_ci is None else n_own, PART, *sizes
         written = grad_acts, ci if grad_ci is None else grad_ci, parts
         native.run(
             "masked_backward", sizes, *ctx.saved_tensors, grad_outputs[0].contiguous(), *written

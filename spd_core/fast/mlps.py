@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from spd_core.fast.fused import fused
@@ -30,7 +31,10 @@ class _ScalarMLPs(torch.autograd.Function):
         return fused(_mlps, inputs[0].device)(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, ...]:
         (grad,), device = grad_outputs, grad_outputs[0].device
         grad_x = fused(_mlps_grad_x, device)(grad, *ctx.saved_tensors)
         return grad_x, *fused(_mlps_grad_parameters, device)(grad, *ctx.saved_tensors)

@@ -132,18 +132,18 @@ void masked_forward(int threads, int64_t n, int64_t n_own, int64_t C, int64_t wi
 }
 
 /* From n_own on rows give ci no gradient: they only fill up, and might come twice. That of a shared
- * source is in parts, one of every ROWS rows, so that sums do not depend on the number of threads.
+ * source is in parts, each of some rows, so that sums do not depend on the number of threads.
  */
-void masked_backward(int threads, int64_t n, int64_t n_own, int64_t C, int64_t width, uint64_t key,
-                     uint64_t shift, int64_t half, int64_t shared, const int64_t *rows,
+void masked_backward(int threads, int64_t n, int64_t n_own, int64_t n_part, int64_t C, int64_t width,
+                     uint64_t key, uint64_t shift, int64_t half, int64_t shared, const int64_t *rows,
                      const int64_t *places, const void *acts, const float *ci, const float *source,
                      const void *grad, void *gacts, float *gci, float *gsource) {
     #pragma omp parallel for num_threads(threads)
-    for (int64_t part = 0; part < (n + ROWS - 1) / ROWS; part++) {
+    for (int64_t part = 0; part < (n + n_part - 1) / n_part; part++) {
         float drawn[width], unused[C], unused_r[width], *gr = shared ? gsource + part * width : unused_r;
         memset(unused, 0, sizeof unused);
         memset(unused_r, 0, sizeof unused_r);
-        for (int64_t j = part * ROWS; j < n && j < (part + 1) * ROWS; j++) {
+        for (int64_t j = part * n_part; j < n && j < (part + 1) * n_part; j++) {
             if (!shared) draw(width, key + (uint64_t)(places[j] * width), shift, drawn);
             const float *r = shared ? source : drawn, *importance = ci + rows[j] * C;
             float d = width > C ? r[C] : 0, *gimportance = j < n_own ? gci + rows[j] * C : unused;

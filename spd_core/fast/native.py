@@ -15,10 +15,10 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered, so that they vectorise; -ffast-math would change the whole process.
-DTYPES = torch.float32, torch.bfloat16, torch.long
 MATH = "-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno"
 FLAGS = f"-shared -fPIC -fopenmp -O3 -march=native {MATH}"
 
@@ -86,6 +86,7 @@ class _Loops(torch.autograd.Function):
     def forward(
         ctx: Any, loop: str, sizes: tuple[int, ...], shapes: list[torch.Size], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
+        assert all(x.dtype == torch.float32 for x in inputs)
         inputs, ctx.of = tuple(x.contiguous() for x in inputs), (loop, sizes)
         outputs = tuple(inputs[0].new_empty(shape) for shape in shapes)
         run(f"{loop}_forward", sizes, *inputs, *outputs)
@@ -93,7 +94,10 @@ class _Loops(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         inputs, (loop, sizes) = ctx.saved_tensors, ctx.of
         first, *others = inputs
         gradients = [torch.empty_like(first), *map(torch.zeros_like, others)]
@@ -103,6 +107,6 @@ class _Loops(torch.autograd.Function):
 
 
 def run(loop: str, sizes: tuple[int, ...], *arrays: Tensor) -> None:
-    assert all(a.is_contiguous() and a.dtype in DTYPES for a in arrays)
+    assert all(array.is_contiguous() for array in arrays)
     pointers = [ctypes.c_void_p(array.data_ptr()) for array in arrays]
     getattr(library(), loop)(torch.get_num_threads(), *map(ctypes.c_int64, sizes), *pointers)

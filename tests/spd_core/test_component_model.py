@@ -729,6 +729,16 @@ def test_a_target_in_half_precision_keeps_its_type(delta, words):
     torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.03)
 
 
+def test_a_target_in_double_precision_runs_under_autocast(words):
+    masks = random_masks(words, True)
+    exact = words.run_masked(TOKENS, masks)
+    words.target.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = words.run_masked(TOKENS, masks)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.03)
+
+
 def test_all_ones_with_delta_is_a_target_in_half_precision_to_the_last_bit(words):
     words.target.bfloat16()
     out, inputs = words.run_target(TOKENS)

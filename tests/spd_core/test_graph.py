@@ -41,8 +41,9 @@ def recorded_inputs(config, step):
     return Scheduled(coeffs, p), torch.tensor(step)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_a_recorded_step_computes_what_the_formulas_say(experiment, one_process, monkeypatch):
+def test_a_recorded_step_computes_what_the_formulas_say(experiment, one_process):
     small = ["decompose.ci_fn.hidden=[8]", "losses.importance_minimality.p=1.0"]
     d = decomposition(experiment, one_process, *(small if experiment == "ih" else []))
     now, counter = recorded_inputs(d.config, STEP)
@@ -50,7 +51,6 @@ def test_a_recorded_step_computes_what_the_formulas_say(experiment, one_process,
     found, _, _ = accumulate_gradients(d, batches, n_micro, now, observe)
     gradients = {name: p.grad for name, p in d.model.trained_parameters().items()}
     d.model.zero_grad()
-    monkeypatch.setattr(StepRandomness, "has_fixed_shapes", True)
     wanted = naive_losses(d.config, d.model, None, STEP)
     coeffs = scheduled(d.config, STEP).coeffs
     sum(coeffs[name] * loss for name, loss in wanted.items()).backward()

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from spd_core.fast import native
 from spd_core.fast.hashed import Draw, hashed, uniform
 
 KEYS, PLACES = st.integers(0, 2**63 - 1), st.integers(0, 2**40)
@@ -31,14 +30,6 @@ def draw(key=17, step=0, first=0, n=20_000, rows=None):
 def test_a_number_is_the_hash_of_its_place(key, step, start):
     got = hashed(torch.tensor(key), torch.tensor(step), start, 3, torch.float64)
     assert got.tolist() == [by_hand(key, step, start + i) for i in range(3)]
-
-
-@pytest.fixture(params=["loops", "operators"])
-def either_way(request, monkeypatch):
-    if request.param == "operators":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
-        pytest.skip("no C compiler")
 
 
 @pytest.mark.usefixtures("either_way")

@@ -40,6 +40,7 @@ def test_without_a_delta():
     assert masked(acts, mask, None)[1] is None
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("with_delta", [True, False])
 def test_a_drawn_mask_is_the_one_that_its_numbers_give(with_delta):
     acts, ci = (torch.randn(4, 5, 3).requires_grad_() for _ in range(2))
@@ -153,3 +154,20 @@ def test_what_runs_once_for_all_examples_is_masked_for_each():
     up = torch.randn(4, 5, 3)
     (grad,) = torch.autograd.grad(got, acts, up)
     assert torch.equal(grad, torch.autograd.grad(wanted, acts, up)[0])
+
+
+@needs_loops
+def test_second_derivatives_of_a_loop_are_refused():
+    acts, ci = torch.rand(4, 5, 3, requires_grad=True), torch.rand(4, 5, 3)
+    out, _ = masked(acts, LazyMask(ci, draw(), True, None), None)
+    (grad,) = torch.autograd.grad(out.square().sum(), acts, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_second_derivatives_of_the_delta():
+    parts = [torch.randn(6, 5).double().requires_grad_() for _ in range(2)]
+    m_d, bias = torch.rand(6, 1).double().requires_grad_(), torch.randn(5).double()
+    assert torch.autograd.gradgradcheck(
+        lambda out, m, y: add_delta(out, m, y, bias).square(), (parts[0], m_d, parts[1])
+    )

@@ -13,7 +13,7 @@ from spd_core.component_model import MaskInfo
 from spd_core.config.losses import StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
 from spd_core.fast.hashed import uniform
-from spd_core.fast.masked import LazyMask
+from spd_core.fast.masked import LazyMask, masked
 from spd_core.masks import draw_routes, masks_from_sources, stochastic_masks
 from spd_core.randomness import StepRandomness
 from spd_core.rows import Rows, at_rows
@@ -26,7 +26,7 @@ def test_formula(ci, r):
     lower = torch.tensor([ci])
     importances = {"a": CausalImportance(lower, lower, lower)}
     masks = masks_from_sources(importances, {"a": torch.tensor([r])}, {"a": None})
-    m = written_down(masks)["a"].mask.item()
+    m = applied(masks)["a"].mask.item()
     assert m == pytest.approx(ci + (1 - ci) * r, abs=1e-6)
     assert min(ci, r) - 1e-6 <= m <= 1 + 1e-6
 
@@ -39,8 +39,23 @@ def batch_of(names, lower, rank=0, world=1, batch_size=None):
     return Batch(lower, lower, {}, ci, randomness, {})
 
 
+def applied(masks):
+    """The same with all masks as numbers: what they make of activations of 1."""
+    return {name: _applied(info) for name, info in masks.items()}
+
+
+def _applied(info):
+    if not isinstance(info.mask, LazyMask):
+        return info
+    ones = torch.ones_like(at_rows(info.mask.ci, info.rows, info.mask.ci.dim() - 1))
+    difference, m_d = masked(ones, info.mask, None)
+    if m_d is None:
+        return MaskInfo(difference, None, info.rows)
+    return MaskInfo(difference + m_d, m_d.expand_as(ones[..., :1])[..., 0], info.rows)
+
+
 def written_down(masks):
-    """The same with all masks as numbers, also those that are never written elsewhere."""
+    """The same with all masks as numbers, by the formula: for tests of what is done with them."""
     return {name: _written_down(info) for name, info in masks.items()}
 
 
@@ -63,7 +78,7 @@ def draw(tms_model):
     def masks(lower, sampling="continuous", delta="true", names=("a",), rank=0, world=1):
         model = tms_model(f"decompose.sampling={sampling}", f"decompose.delta_component={delta}")
         batch = batch_of(names, lower, rank, world)
-        return written_down(stochastic_masks(model, batch, dict.fromkeys(names), "masks"))
+        return applied(stochastic_masks(model, batch, dict.fromkeys(names), "masks"))
 
     return masks
 
@@ -108,7 +123,7 @@ def test_given_sources_are_shared_or_one_per_datapoint(delta):
     ci = {"a": CausalImportance(lower, lower, lower)}
     for leading in ((2, 3), (1, 1)):
         source = torch.rand(*leading, 4 + delta)
-        info = written_down(masks_from_sources(ci, {"a": source}, {"a": None}))["a"]
+        info = applied(masks_from_sources(ci, {"a": source}, {"a": None}))["a"]
         wanted = lower.numpy() + (1 - lower.numpy()) * source[..., :4].numpy()
         np.testing.assert_allclose(info.mask.numpy(), wanted, rtol=1e-6)
         assert (info.delta_mask is None) != delta
