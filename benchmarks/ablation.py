@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.step import composed, with_random_target
 from benchmarks.table import CASES, RESULTS
-from spd_core import components, masks, rows, step
+from spd_core import masks, rows, step
 from spd_core.component_model import ComponentModel
 from spd_core.components import LinearComponents
 from spd_core.data import batches
@@ -140,16 +140,6 @@ def no_loops(_: Decomposition) -> AbstractContextManager[Any]:
     return patch.object(native, "library", lambda: None)
 
 
-def autograds_own(_: Decomposition) -> AbstractContextManager[Any]:
-    """The delta's product with the gradient that autograd takes."""
-
-    def add_delta(out: Tensor, m_d: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-        out = torch.addcmul(out, m_d, y if bias is None else y - bias)
-        return (out if bias is None else out + bias).to(y.dtype)
-
-    return patch.object(components, "add_delta", add_delta)
-
-
 def gradients_of_all(d: Decomposition) -> AbstractContextManager[Any]:
     """In the search for adversarial sources, gradients for all weights as well."""
     backward, trained = Tensor.backward, d.model.trained_parameters().values()
@@ -173,7 +163,6 @@ WITHOUT: dict[str, Ablation] = {
     "masks in a loop": masks_by_operators,
     "numbers and masks in loops": numbers_by_operators,
     "all loops": no_loops,
-    "the delta's own gradient": autograds_own,
     "PGD's gradient for sources alone": gradients_of_all,
 }
 
@@ -191,7 +180,7 @@ def main() -> None:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             results[case] = process.submit(measure, case, given.steps, given.threads).result()
         file.write_text(json.dumps(results, indent=1) + "\n")
-    Console(width=120).print(table(results))
+    Console(width=150).print(table(results))
     print(f"written to {file}")
 
 

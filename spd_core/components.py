@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spd_core.fast.masked import LazyMask, add_delta, masked
+from spd_core.fast.masked import LazyMask, masked
 
 
 class Identity(nn.Module):
@@ -104,7 +104,8 @@ class LinearComponents(nn.Module):
         masked_acts, m_d = masked(inner_acts, mask, delta_mask)
         out = masked_acts @ self.U
         if m_d is not None:
-            return add_delta(out, m_d, target_out, bias)
+            y = target_out if bias is None else target_out - bias
+            out = torch.addcmul(out, m_d, y)
         return (out if bias is None else out + bias).to(target_out.dtype)
 
 

@@ -83,10 +83,8 @@ def masks_from_sources(
         if is_shared and native.is_native(lower):
             masks[name] = MaskInfo(LazyMask(lower, source, source.shape[-1] > C, rows), None, rows)
             continue
-        if isinstance(rows, Rows) and is_shared:
-            source = source.flatten(0, -2)
-        else:
-            source = at_rows(source, rows, n_dims)
+        one = is_shared and isinstance(rows, Rows)
+        source = source.flatten(0, -2) if one else at_rows(source, rows, n_dims)
         lower = at_rows(lower, rows, n_dims)
         r, delta_mask = source[..., :C], source[..., C] if source.shape[-1] > C else None
         mask = torch.addcmul(r, lower, 1 - r)  # r + ci (1 - r)

@@ -64,38 +64,6 @@ def _masked_in_a_loop(inner_acts: Tensor, mask: LazyMask) -> tuple[Tensor, Tenso
     return out, m_d if shared is None else shared[-1:]
 
 
-def add_delta(
-    out: Float[Tensor, "... d_out"],
-    m_d: Float[Tensor, "... 1"],
-    target_out: Float[Tensor, "... d_out"],
-    bias: Float[Tensor, "d_out"] | None,
-) -> Float[Tensor, "... d_out"]:
-    """out + m_d (target_out - b) + b in the precision of target_out; b is frozen."""
-    return cast(Tensor, _AddDelta.apply(out, m_d, target_out, bias))
-
-
-class _AddDelta(torch.autograd.Function):
-    """Gradients without the full-precision copies that autograd makes of half-precision ones."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, m_d: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(m_d, y, bias)
-        ctx.of_out = out.dtype
-        total = torch.addcmul(out, m_d, y if bias is None else y - bias)
-        return (total if bias is None else total + bias).to(y.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (m_d, y, bias) = grad_outputs, ctx.saved_tensors
-        grad_m_d = grad_y = None
-        if ctx.needs_input_grad[1]:
-            products = grad.to(m_d.dtype) * (y if bias is None else y - bias)
-            grad_m_d = products.sum(-1, keepdim=True).sum_to_size(m_d.shape)
-        if ctx.needs_input_grad[2]:
-            grad_y = (grad * m_d).to(y.dtype)
-        return grad.to(ctx.of_out), grad_m_d, grad_y, None
-
-
 def _masked(inner_acts: Tensor, mask: Tensor | None, m_d: Tensor) -> Tensor:
     return (inner_acts * ((1 if mask is None else mask) - m_d)).to(inner_acts.dtype)
 

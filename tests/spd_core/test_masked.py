@@ -5,7 +5,7 @@ import torch
 
 from spd_core.fast import native
 from spd_core.fast.hashed import uniform
-from spd_core.fast.masked import LazyMask, add_delta, masked
+from spd_core.fast.masked import LazyMask, masked
 from spd_core.randomness import Stream
 from spd_core.rows import Rows
 
@@ -110,7 +110,7 @@ def test_the_delta_of_a_shared_source_has_its_gradient():
     ci, source = torch.rand(6, 4), torch.rand(1, 5, requires_grad=True)
     acts, y = torch.randn(6, 4), torch.randn(6, 3)
     out, m_d = masked(acts, LazyMask(ci, source, True, None), None)
-    (got,) = torch.autograd.grad((add_delta(out[:, :3], m_d, y, None) ** 2).sum(), source)
+    (got,) = torch.autograd.grad(((out[:, :3] + m_d * y) ** 2).sum(), source)
     m, d = ci + (1 - ci) * source[:, :4], source[:, 4:]
     (wanted,) = torch.autograd.grad((((acts * (m - d))[:, :3] + d * y) ** 2).sum(), source)
     torch.testing.assert_close(got, wanted)
@@ -125,25 +125,6 @@ def test_bfloat16_is_rounded_to_the_nearest_and_nan_stays():
     acts, drawn = (4 * torch.rand(1, 2000)).bfloat16(), stream.next()
     got, _ = masked(acts, LazyMask(torch.zeros(1, 2000), drawn, False, None), None)
     assert torch.equal(got, (acts.float() * uniform(drawn, (2000,))).bfloat16())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(6, 4, 1), (1, 1, 1)])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_the_delta_is_added_as_the_formula_says(dtype, shape, with_bias):
-    out, y = (torch.randn(6, 4, 5).to(dtype).requires_grad_() for _ in range(2))
-    full = torch.float32 if dtype == torch.bfloat16 else dtype
-    m_d, bias = torch.rand(shape, dtype=full, requires_grad=True), torch.randn(5, dtype=full)
-    got = add_delta(out, m_d, y, bias if with_bias else None)
-    b = bias if with_bias else torch.zeros(5, dtype=full)
-    wanted = out.to(full) + m_d * (y.to(full) - b) + b
-    up = torch.randn(6, 4, 5).to(dtype)
-    found = torch.autograd.grad(got, (out, m_d, y), up)
-    formula = torch.autograd.grad(wanted, (out, m_d, y), up.to(full))
-    bounds = {"rtol": 1e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
-    for a, b in zip([got, *found], [wanted.to(dtype), *formula], strict=True):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, **bounds)
 
 
 def test_what_runs_once_for_all_examples_is_masked_for_each():
@@ -163,11 +144,3 @@ def test_second_derivatives_of_a_loop_are_refused():
     (grad,) = torch.autograd.grad(out.square().sum(), acts, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
-
-
-def test_second_derivatives_of_the_delta():
-    parts = [torch.randn(6, 5).double().requires_grad_() for _ in range(2)]
-    m_d, bias = torch.rand(6, 1).double().requires_grad_(), torch.randn(5).double()
-    assert torch.autograd.gradgradcheck(
-        lambda out, m, y: add_delta(out, m, y, bias).square(), (parts[0], m_d, parts[1])
-    )
