@@ -95,9 +95,10 @@ class _MaskedInALoop(torch.autograd.Function):
         assert acts.shape[:-1].numel() == len(index) and ci.dtype == torch.float32
         assert acts.dtype in (torch.float32, torch.bfloat16)
         width, half = C + mask.with_delta, acts.dtype == torch.bfloat16
-        if isinstance(mask.source, Tensor):
-            key, shift, places, source = 0, 0, index, mask.source.flatten().contiguous()
+        if shared is not None:
+            key, shift, places, source = 0, 0, index, shared.contiguous()
         else:
+            assert isinstance(mask.source, Draw)
             key, step, first, n, of_batch = mask.source
             n_each = math.prod(positions[1:])
             examples = first + (torch.arange(n) if of_batch is None else of_batch)
