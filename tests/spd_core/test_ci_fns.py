@@ -9,6 +9,7 @@ from torch import nn
 from spd_core.ci_fns import CiFn, apply_sigmoid, lower_leaky_hard, upper_leaky_hard
 from spd_core.component_model import ComponentModel
 from spd_core.config import CiFnConfig
+from spd_core.fast import native
 from spd_core.randomness import StepRandomness
 
 X = [-2.0, -0.3, 0.0, 0.4, 1.0, 1.5, 11.0]
@@ -190,6 +191,17 @@ def test_importances_under_autocast_are_float32_and_close(kind, decompose):
         ci = importances(model, {"": x})[""]
     assert ci.lower.dtype == ci.upper.dtype == torch.float32
     torch.testing.assert_close(ci.pre_sigmoid.float(), wanted.pre_sigmoid, atol=0.05, rtol=0.05)
+
+
+def test_scalar_mlps_in_a_loop_are_float32_under_autocast(decompose):
+    assert native.library() is not None
+    model, x = decompose(nn.Linear(50, 20), {"*": 30}, "mlp"), torch.randn(60, 50)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        acts = model.components[""].inner_acts(x)
+        wanted = by_hand(model.ci_fns[""], None, acts.detach().float().numpy())
+        ci = importances(model, {"": x})[""]
+    assert acts.dtype == torch.bfloat16
+    np.testing.assert_allclose(ci.pre_sigmoid.detach(), wanted, atol=1e-5)
 
 
 def test_mlp_of_a_subcomponent_sees_only_its_own_activation():
