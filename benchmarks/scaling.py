@@ -34,6 +34,7 @@ from spd_core import distributed
 from spd_core.config import CiFnConfig, RunConfig
 from spd_core.config.losses import PGDReconConfig
 from spd_core.data.batches import Decomposition
+from spd_core.fast.overlap import BUCKET
 from spd_core.rows import ROUND
 from spd_core.step import optimisation_step
 from spd_core.targets.config import ResidMLPTargetConfig, TransformerTargetConfig
@@ -49,6 +50,7 @@ N_WARMUP = 3
 FLOP_RATE, FLOP_SHARE = 989e12, 0.4
 MEMORY_RATE, MEMORY_SHARE = 3.35e12, 0.7
 NVLINK, INFINIBAND, GPUS_PER_NODE, HOP_S = 450e9, 50e9, 8, 5e-6
+OVERLAP = 0.6  # share of a step within which gradients come, one after the other
 N_WIDE = 30  # times that a pass and its gradient read or write an array of tokens x subcomponents
 
 
@@ -118,9 +120,21 @@ def bytes_of_collectives(sizes: Sizes) -> list[int]:
     importances, (sum, count) of all losses, gradients of all weights.
     """
     search = 4 * (sizes.C + len(sizes.modules))
-    return [
-        *[search] * sizes.n_searches, 4 * (sizes.C + 1), 8 * sizes.n_losses, 4 * sizes.n_trained,
-    ]  # fmt: skip
+    others = [*[search] * sizes.n_searches, 4 * (sizes.C + 1), 8 * sizes.n_losses]
+    return others + bytes_of_gradients(sizes)
+
+
+def bytes_of_gradients(sizes: Sizes) -> list[int]:
+    """Of their collectives: of all U, then of each causal-importance function with its V."""
+    h, modules = sizes.hidden, sizes.modules[::-1]
+    others = ((C, h, h * C, h * d_in, C * d_in) for d_in, _, C in modules)
+    n_each = [C * d_out for _, d_out, C in modules] + [n for of_one in others for n in of_one]
+    result = [0]
+    for n in n_each:
+        if result[-1] >= BUCKET:
+            result.append(0)
+        result[-1] += 4 * n
+    return result
 
 
 def rows_of_pass(sizes: Sizes, tokens: float) -> float:
@@ -162,12 +176,12 @@ def bytes_in_memory(sizes: Sizes, tokens: float, width: int) -> float:
     return width * n_wide * rows_of_pass(sizes, tokens) * sizes.C + 4 * (7 + 4) * sizes.n_trained
 
 
-def seconds_of_collectives(sizes: Sizes, dp: int) -> float:
+def seconds_of_collectives(n_bytes: list[int], dp: int) -> float:
     """Rings: each rank sends 2 (dp - 1) / dp of the bytes, in 2 (dp - 1) hops or 2 log2(dp)."""
     if dp == 1:
         return 0.0
     rate = NVLINK if dp <= GPUS_PER_NODE else INFINIBAND
-    sent = [2 * (dp - 1) / dp * n for n in bytes_of_collectives(sizes)]
+    sent = [2 * (dp - 1) / dp * n for n in n_bytes]
     return sum(n / rate for n in sent) + len(sent) * 2 * (dp - 1).bit_length() * HOP_S
 
 
@@ -195,7 +209,7 @@ def main() -> None:
     last = json.loads(file.read_text()) if file.exists() else {}
     RESULTS.mkdir(exist_ok=True)
     file.write_text(json.dumps(last | results, indent=1) + "\n")
-    Console().print(table(results))
+    Console(width=110).print(table(results))
     print(f"written to {file}; what it means for GPUs: python -m benchmarks.scaling --paper")
 
 
@@ -205,7 +219,7 @@ def measure(
     """Median seconds of a step, and what rank 0 counted in one; beside it what the formulas say."""
     config, data = composed(experiment, [*overrides, f"dp={dp}"])
     results = get_context("spawn").SimpleQueue()
-    port = free_port("scaling", dp)
+    port = free_port(f"scaling-{os.getpid()}", dp)
     spawn(run_rank, (config, data, steps, n_threads, port, results), nprocs=dp)
     return results.get()
 
@@ -250,9 +264,9 @@ def counted_collectives() -> Iterator[list[int]]:
     originals = {name: getattr(torch_dist, name) for name in ("all_reduce", "broadcast")}
 
     def counting(original: Any) -> Any:
-        def call(tensor: torch.Tensor, *arguments: Any) -> Any:
+        def call(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
             n_bytes.append(tensor.nbytes)
-            return original(tensor, *arguments)
+            return original(tensor, *arguments, **options)
 
         return call
 
@@ -288,16 +302,21 @@ def paper(experiment: str) -> Table:
     if config.data.kind == "text":
         tokens *= config.data.seq_len
     title = f"{experiment}, {tokens:,} tokens or examples a step, ms on H100s (never run)"
-    headers = ["GPUs", "products", "memory", "network", "step", "share of linear"]
+    headers = ["GPUs", "products", "memory", "network", "not hidden", "step", "share of linear"]
     shown = Table(*headers, title=title, title_justify="left")
     alone = None
     for dp in (1, 4, 8, 16, 32, 64, 128, 256):
         compute = flops_of_step(sizes, tokens / dp) / (FLOP_RATE * FLOP_SHARE)
         memory = bytes_in_memory(sizes, tokens / dp, 4) / (MEMORY_RATE * MEMORY_SHARE)
-        network = seconds_of_collectives(sizes, dp)
-        step = compute + memory + network
+        n_bytes, of_gradients = bytes_of_collectives(sizes), bytes_of_gradients(sizes)
+        others = seconds_of_collectives(n_bytes[: -len(of_gradients)], dp)
+        gradients = seconds_of_collectives(of_gradients, dp)
+        waiting = others + max(
+            gradients - OVERLAP * (compute + memory), gradients / len(of_gradients)
+        )
+        step = compute + memory + waiting
         alone = alone or step
-        times = [f"{1e3 * s:.2f}" for s in (compute, memory, network, step)]
+        times = [f"{1e3 * s:.2f}" for s in (compute, memory, others + gradients, waiting, step)]
         shown.add_row(str(dp), *times, f"{alone / dp / step:.0%}")
     return shown
 

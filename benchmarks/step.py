@@ -49,7 +49,7 @@ def main() -> None:
     if arguments.batch is not None:
         overrides = [*overrides, f"train.batch_size={arguments.batch}"]
     config, data = composed(arguments.experiment, [*overrides, f"dp={arguments.dp}"])
-    port = free_port("step", 0)
+    port = free_port(f"step-{os.getpid()}", 0)
     shared = (config, data, arguments.steps, arguments.device, arguments.threads, port)
     os.environ.update(TUNING)  # read as a process starts, so one rank is a process of its own too
     spawn(run_rank, shared, nprocs=arguments.dp)

@@ -120,11 +120,9 @@ class CiFn(nn.Module):
                 assert inner_acts is not None
                 *positions, C = inner_acts.shape
                 x = inner_acts.reshape(-1, C)
-                if len(inner) == 1 and x.is_cuda:
-                    g = mlps.scalar_mlps(x, *inner[0], last_weight, last_bias)
-                    return g.view(inner_acts.shape)
-                if len(inner) == 1 and native.is_native(last_weight):
-                    g = native.scalar_mlps(x.float(), *inner[0], last_weight, last_bias)
+                if len(inner) == 1 and (x.is_cuda or native.is_native(last_weight)):
+                    scalar_mlps = mlps.scalar_mlps if x.is_cuda else native.scalar_mlps
+                    g = scalar_mlps(x, *inner[0], last_weight, last_bias)
                     return g.view(inner_acts.shape)
                 h = x.T.unsqueeze(1)
             case "vector_mlp":

@@ -134,14 +134,12 @@ class ComponentModel(nn.Module):
         return list(self._ci_fns.parameters())
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained, by a name that is stable across restarts."""
-        groups = {"components": self.components, "ci_fns": self.ci_fns}
-        return {
-            f"{group}.{path}.{name}": parameter
-            for group, modules in groups.items()
-            for path, module in modules.items()
-            for name, parameter in module.named_parameters()
-        }
+        """All that is trained, by names that stay over restarts, in the order of first use."""
+        named = {}
+        for path, components in self.components.items():
+            named[f"components.{path}.V"] = components.V
+            named |= {f"ci_fns.{path}.{n}": p for n, p in self.ci_fns[path].named_parameters()}
+        return named | {f"components.{path}.U": c.U for path, c in self.components.items()}
 
     @torch.no_grad()
     def run_target(

@@ -106,8 +106,7 @@ class LinearComponents(nn.Module):
         if m_d is not None:
             y = target_out if bias is None else target_out - bias
             # Not wider than these two: under autocast all of them would go through float32.
-            m_d = m_d.to(torch.promote_types(out.dtype, y.dtype))
-            out = torch.addcmul(out, m_d, y)
+            out = torch.addcmul(out, m_d.to(torch.promote_types(out.dtype, y.dtype)), y)
         return (out if bias is None else out + bias).to(target_out.dtype)
 
 

@@ -6,10 +6,10 @@ count over ranks, and gradients are SUMMED over ranks.
 A rank that fails leaves the others waiting; who started them ends them (`spd_launch.peers`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as torch_dist
@@ -71,12 +71,9 @@ def over_ranks(
     return {n: t.clone().view_as(p) for (n, p), t in zip(parts.items(), pieces, strict=True)}
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter], dist: Dist) -> None:
-    """Sum `.grad` over ranks in one collective."""
-    if dist.world_size > 1:
-        grads = {p: p.grad for p in parameters if p.grad is not None}
-        for parameter, summed in over_ranks("sum", grads, dist).items():
-            parameter.grad = summed
+def begin_sum(tensor: Tensor) -> torch_dist.Work:
+    """Begin to sum the tensor over ranks, in place; its wait() ends that."""
+    return cast(torch_dist.Work, torch_dist.all_reduce(tensor, async_op=True))
 
 
 def broadcast(tensor: Tensor, dist: Dist) -> None:

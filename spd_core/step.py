@@ -1,6 +1,7 @@
 """One optimisation step: batches to losses, losses to gradients, gradients to new weights."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from spd_core import distributed
 from spd_core.config import RunConfig
 from spd_core.data.batches import Batch, Batches, Decomposition, training_batches
+from spd_core.fast.overlap import summed_gradients
 from spd_core.losses import loss_parts, prepare_step
 from spd_core.metrics import Sums, add
 from spd_core.schedule import annealed_ps, schedule_value
@@ -80,7 +82,6 @@ def descend(
     with d.autocast():
         batches, n_micro = training_batches(d, draw, *given)
     losses, observed, n_positions = accumulate_gradients(d, batches, n_micro, now, observe)
-    distributed.sum_gradients(d.model.trained_parameters().values(), d.dist)
     clip, inf = d.config.train.grad_clip, float("inf")
     norms = {  # before clipping, which is in place
         "components": clip_grad_norm_(d.model.component_parameters(), clip.components or inf),
@@ -94,7 +95,7 @@ def descend(
 def accumulate_gradients(
     d: Decomposition, batches: Batches, n_micro: int, now: Scheduled, observe: Observe
 ) -> tuple[dict[str, Float[Tensor, ""]], Sums, int]:
-    """Add this rank's gradient of the weighted losses to `.grad`.
+    """Add the gradient of the weighted losses to `.grad`, and sum that over ranks.
 
     Returns the losses over all ranks (detached), and of this rank what was observed and the number
     of positions.
@@ -104,8 +105,8 @@ def accumulate_gradients(
         whole = prepare_step(d, losses, batches, n_micro, now.p)
     totals, n_positions, counts = [], 0, dict[str, int]()
     # Nothing of a microbatch but its gradient outlives its turn.
-    parts_of_batch = iter(batches())
-    for _ in range(n_micro):
+    parts_of_batch, trained = iter(batches()), list(d.model.trained_parameters().values())
+    for micro in range(n_micro):
         with d.autocast():
             batch = next(parts_of_batch)
             add(observed, observe(batch))
@@ -120,7 +121,8 @@ def accumulate_gradients(
         both = torch.stack([sums.detach(), _stack(map(float, counts.values()), sums)])
         both = distributed.all_reduce("sum", both, d.dist)
         weights = _stack((now.coeffs[name] / n_micro for name in losses), sums)
-        (sums * weights / both[1]).sum().backward()
+        with summed_gradients(trained, d.dist) if micro == n_micro - 1 else nullcontext():
+            (sums * weights / both[1]).sum().backward()
         totals.append(both)
         n_positions += batch.n_positions
         del batch, parts, sums  # before the next one is made

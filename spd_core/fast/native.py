@@ -60,8 +60,8 @@ def scalar_mlps(
     w2: Float[Tensor, "C 1 hidden"],
     b2: Float[Tensor, "C 1 1"],
 ) -> Float[Tensor, "batch C"]:
-    """sum_k w2_k GELU(w1_k x + b1_k) + b2 for each of C scalar MLPs."""
-    (out,) = _Loops.apply("mlps", (*x.shape, w1.shape[1]), [x.shape], x, w1, b1, w2, b2)
+    """sum_k w2_k GELU(w1_k x + b1_k) + b2 for each of C scalar MLPs, in float32."""
+    (out,) = _Loops.apply("mlps", (*x.shape, w1.shape[1]), [x.shape], x.float(), w1, b1, w2, b2)
     return out
 
 

@@ -28,6 +28,7 @@ from spd_core import distributed
 from spd_core.config import config_digest, load_config
 from spd_core.data.text import Split, TokenData, load_tokenizer, token_batch
 from spd_core.distributed import Dist
+from spd_core.fast.overlap import summed_gradients
 from spd_core.randomness import StepRandomness, stream
 from spd_core.run_dir import RunDir, written_whole
 from spd_core.schedule import schedule_value
@@ -158,8 +159,8 @@ def training_step(
         logits = model(tokens)
     loss_sum = next_token_loss(logits, tokens)
     optimizer.zero_grad(set_to_none=True)
-    (loss_sum / n_predictions(config, tokens.shape[1])).backward()
-    distributed.sum_gradients(model.parameters(), dist)
+    with summed_gradients(list(model.parameters()), dist):
+        (loss_sum / n_predictions(config, tokens.shape[1])).backward()
     nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     for group in optimizer.param_groups:
         group["lr"] = schedule_value(config.lr, step, config.steps)

@@ -16,6 +16,7 @@ from spd_core.component_model import ComponentModel
 from spd_core.data.batches import Decomposition, draw_examples, make_batch
 from spd_core.distributed import Dist
 from spd_core.evaluate import due_metrics, evaluate
+from spd_core.fast import overlap
 from spd_core.losses import prepare_step
 from spd_core.randomness import StepRandomness, stream
 from spd_core.run_dir import RunDir, read_metrics
@@ -108,7 +109,6 @@ def uneven_step(config, dist):
     losses, _, _ = accumulate_gradients(
         d, lambda: [batch], 1, scheduled(config, 2), lambda _batch: {}
     )
-    distributed.sum_gradients(model.trained_parameters().values(), dist)
     losses_of_config = config.losses.configured()
     p = annealed_ps(losses_of_config, 0.0)
     sources = prepare_step(d, losses_of_config, lambda: [batch], 1, p).sources
@@ -123,6 +123,7 @@ def stopping_run(config, dist, folder):
 
 def rank_main(rank, world, port, configs, run_config, folder, queue):
     torch.set_num_threads(1)
+    overlap.BUCKET = 1000  # else all gradients of so small models go in one collective
     dist = distributed.init(rank, world, rank, f"127.0.0.1:{port}", "cpu")
     steps = {name: one_step(config, dist) for name, config in configs.items()}
     flags = [distributed.any_rank(flag, dist) for flag in (rank == world - 1, False)]
