@@ -50,7 +50,7 @@ N_WARMUP = 3
 FLOP_RATE, FLOP_SHARE = 989e12, 0.4
 MEMORY_RATE, MEMORY_SHARE = 3.35e12, 0.7
 NVLINK, INFINIBAND, GPUS_PER_NODE, HOP_S = 450e9, 50e9, 8, 5e-6
-OVERLAP = 0.6  # share of a step within which gradients come, one after the other
+OVERLAP = 0.6  # share of a step within which gradients come, for ss_llama_simple on a CPU
 N_WIDE = 30  # times that a pass and its gradient read or write an array of tokens x subcomponents
 
 
@@ -121,7 +121,7 @@ def bytes_of_collectives(sizes: Sizes) -> list[int]:
     """
     search = 4 * (sizes.C + len(sizes.modules))
     others = [*[search] * sizes.n_searches, 4 * (sizes.C + 1), 8 * sizes.n_losses]
-    return others + bytes_of_gradients(sizes)
+    return [*others, *bytes_of_gradients(sizes)]
 
 
 def bytes_of_gradients(sizes: Sizes) -> list[int]:
@@ -170,10 +170,10 @@ def bytes_in_memory(sizes: Sizes, tokens: float, width: int) -> float:
     """Read or written: arrays of rows x C of `width` bytes a number, and what AdamW does.
 
     AdamW reads four float32 numbers for each weight and writes three; gradients are flattened for
-    their collective and taken apart again. An estimate: nothing here counts it.
+    their collective. An estimate: nothing here counts it.
     """
     n_wide = N_WIDE * (sizes.n_passes + sizes.n_searches)
-    return width * n_wide * rows_of_pass(sizes, tokens) * sizes.C + 4 * (7 + 4) * sizes.n_trained
+    return width * n_wide * rows_of_pass(sizes, tokens) * sizes.C + 4 * (7 + 2) * sizes.n_trained
 
 
 def seconds_of_collectives(n_bytes: list[int], dp: int) -> float:
@@ -308,15 +308,12 @@ def paper(experiment: str) -> Table:
     for dp in (1, 4, 8, 16, 32, 64, 128, 256):
         compute = flops_of_step(sizes, tokens / dp) / (FLOP_RATE * FLOP_SHARE)
         memory = bytes_in_memory(sizes, tokens / dp, 4) / (MEMORY_RATE * MEMORY_SHARE)
-        n_bytes, of_gradients = bytes_of_collectives(sizes), bytes_of_gradients(sizes)
-        others = seconds_of_collectives(n_bytes[: -len(of_gradients)], dp)
-        gradients = seconds_of_collectives(of_gradients, dp)
-        waiting = others + max(
-            gradients - OVERLAP * (compute + memory), gradients / len(of_gradients)
-        )
+        network = seconds_of_collectives(bytes_of_collectives(sizes), dp)
+        hidden = seconds_of_collectives(bytes_of_gradients(sizes)[:-1], dp)
+        waiting = network - min(hidden, OVERLAP * (compute + memory))
         step = compute + memory + waiting
         alone = alone or step
-        times = [f"{1e3 * s:.2f}" for s in (compute, memory, others + gradients, waiting, step)]
+        times = [f"{1e3 * s:.2f}" for s in (compute, memory, network, waiting, step)]
         shown.add_row(str(dp), *times, f"{alone / dp / step:.0%}")
     return shown
 

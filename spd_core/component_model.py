@@ -134,7 +134,10 @@ class ComponentModel(nn.Module):
         return list(self._ci_fns.parameters())
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """All that is trained, by names that stay over restarts, in the order of first use."""
+        """All that is trained, by names that are stable across restarts.
+
+        Roughly in the order of first use, so that several ranks need wait less for each other.
+        """
         named = {}
         for path, components in self.components.items():
             named[f"components.{path}.V"] = components.V

@@ -10,22 +10,26 @@ from torch import Tensor, nn
 from spd_core.distributed import Dist, begin_sum
 
 BUCKET = 10 * 2**20
-"""Bytes at which a collective is large enough that more of them cost nothing."""
+"""A collective is of at least so many bytes, but for the last one."""
 
 
 @contextmanager
 def summed_gradients(parameters: Sequence[nn.Parameter], dist: Dist) -> Iterator[None]:
     """One backward() within leaves the sum over ranks in `.grad`.
 
-    `parameters` are in the order of their first use, so that gradients come in the reverse. Those
-    that follow each other share a collective, which begins when the last of them is there. Ranks
-    agree on what is in it, and on the order of collectives, whatever order gradients come in.
+    Neighbours among `parameters` share a collective, which begins when all their gradients, and
+    those of all later parameters, are there. It is fastest if the first used come first. The same
+    parameters must have gradients on all ranks, in whatever order these come.
+
+    Raises:
+        RuntimeError: a gradient grew after its sum had begun.
     """
     if dist.world_size == 1:
         yield
         return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     buckets: deque[list[nn.Parameter]] = deque([[]])
-    for parameter in reversed(parameters):
+    for parameter in reversed(trained):
         if sum(p.nbytes for p in buckets[-1]) >= BUCKET:
             buckets.append([])
         buckets[-1].append(parameter)
@@ -34,7 +38,9 @@ def summed_gradients(parameters: Sequence[nn.Parameter], dist: Dist) -> Iterator
     def begin(bucket: list[nn.Parameter]) -> None:
         if grads := {p: p.grad.flatten() for p in bucket if p.grad is not None}:
             flat = torch.cat(list(grads.values()))
-            sums.append((grads, flat, begin_sum(flat)))
+            for parameter in grads:
+                parameter.grad = None  # its memory is free for others
+            sums.append((list(grads), flat, begin_sum(flat)))
 
     def has_come(parameter: Tensor) -> None:
         there.add(parameter)
@@ -42,13 +48,18 @@ def summed_gradients(parameters: Sequence[nn.Parameter], dist: Dist) -> Iterator
             begin(buckets.popleft())
 
     with ExitStack() as hooks:
-        for parameter in parameters:
+        for parameter in trained:
             hooks.callback(parameter.register_post_accumulate_grad_hook(has_come).remove)
         yield
     for bucket in buckets:  # of parameters that no loss depends on
         begin(bucket)
-    for grads, flat, work in sums:
+    for of_bucket, flat, work in sums:
         work.wait()
-        pieces = flat.split([grad.numel() for grad in grads.values()])
-        for parameter, piece in zip(grads, pieces, strict=True):
+        pieces = flat.split([parameter.numel() for parameter in of_bucket])
+        for parameter, piece in zip(of_bucket, pieces, strict=True):
+            if parameter.grad is not None:
+                raise RuntimeError(
+                    "a gradient came in two parts, as reentrant checkpointing gives them, and the "
+                    "first was summed over ranks already; checkpoint with use_reentrant=False"
+                )
             parameter.grad = piece.view_as(parameter)

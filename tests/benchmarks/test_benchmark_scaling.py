@@ -1,8 +1,12 @@
 """The formulas of docs/performance.md against what a step of two ranks really does."""
 
 import pytest
+import torch
 
+from benchmarks import scaling
 from benchmarks.scaling import measure
+from benchmarks.step import composed, with_random_target
+from spd_core.distributed import Dist
 
 SMALL = {
     "resid_mlp2": ["train.batch_size=256", "decompose.modules[layers.*.mlp_in]=30"],
@@ -10,6 +14,15 @@ SMALL = {
                         "decompose.modules[h.*.attn.*_proj]=40",
                         "decompose.modules[h.*.mlp.*_proj]=24", "decompose.ci_fn.hidden=[50]"],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", SMALL)
+def test_every_gradient_in_its_turn(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, data = composed(experiment, SMALL[experiment])
+    d = with_random_target(config, data, Dist(0, 1, torch.device("cpu")))
+    n_bytes = [p.nbytes for p in d.model.trained_parameters().values()]
+    monkeypatch.setattr(scaling, "BUCKET", 1)
+    assert scaling.bytes_of_gradients(scaling.sizes_of(d)) == n_bytes[::-1]
 
 
 @pytest.mark.slow
