@@ -134,11 +134,8 @@ class ComponentModel(nn.Module):
         return list(self._ci_fns.parameters())
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """All that is trained, by names that are stable across restarts.
-
-        Roughly in the order of first use, so that several ranks need wait less for each other.
-        """
-        named = {}
+        """Everything that is trained, by a name that is stable across restarts."""
+        named = {}  # roughly in the order of first use, so that ranks wait less for each other
         for path, components in self.components.items():
             named[f"components.{path}.V"] = components.V
             named |= {f"ci_fns.{path}.{n}": p for n, p in self.ci_fns[path].named_parameters()}

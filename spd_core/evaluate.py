@@ -88,7 +88,8 @@ def check_metrics(config: RunConfig, model: ComponentModel) -> None:
     names = list(model.components)
     for metric, o in config.eval.metrics.configured().items():
         for problem in _problems(o, config, names):
-            raise ValueError(f"eval.metrics.{metric}.{problem}; decomposed are {', '.join(names)}")
+            where, known = f"eval.metrics.{metric}", ", ".join(names)
+            raise ValueError(f"{where}.{problem}; decomposed are {known}; or set {where}=null")
 
 
 def _problems(o: options.MetricConfig, config: RunConfig, names: list[str]) -> Iterator[str]:
