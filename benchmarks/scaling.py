@@ -304,12 +304,13 @@ def paper(experiment: str) -> Table:
     title = f"{experiment}, {tokens:,} tokens or examples a step, ms on H100s (never run)"
     headers = ["GPUs", "products", "memory", "network", "not hidden", "step", "share of linear"]
     shown = Table(*headers, title=title, title_justify="left")
+    n_bytes, n_bytes_hidden = bytes_of_collectives(sizes), bytes_of_gradients(sizes)[:-1]
     alone = None
     for dp in (1, 4, 8, 16, 32, 64, 128, 256):
         compute = flops_of_step(sizes, tokens / dp) / (FLOP_RATE * FLOP_SHARE)
         memory = bytes_in_memory(sizes, tokens / dp, 4) / (MEMORY_RATE * MEMORY_SHARE)
-        network = seconds_of_collectives(bytes_of_collectives(sizes), dp)
-        hidden = seconds_of_collectives(bytes_of_gradients(sizes)[:-1], dp)
+        network = seconds_of_collectives(n_bytes, dp)
+        hidden = seconds_of_collectives(n_bytes_hidden, dp)
         waiting = network - min(hidden, OVERLAP * (compute + memory))
         step = compute + memory + waiting
         alone = alone or step

@@ -1,7 +1,8 @@
-import socket
+from unittest.mock import patch
 
 import pytest
 import torch
+from test_distributed import free_port
 from torch import nn
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
@@ -20,8 +21,6 @@ def gradients(dist, bucket):
     They come in an order of each rank's own, and two parameters have none. Beside them, how many
     sums had begun when backward() ended.
     """
-    overlap.BUCKET, begun = bucket, []
-    overlap.begin_sum = lambda flat: begun.append(flat) or distributed.begin_sum(flat)
     parameters = [nn.Parameter(torch.zeros(i + 1)) for i in range(N)]
     for p in parameters:
         p.grad = torch.ones_like(p)
@@ -29,17 +28,21 @@ def gradients(dist, bucket):
     parameters.insert(4, nn.Parameter(torch.zeros(3), requires_grad=False))
     used = [p for p in parameters if p.grad is not None]
     used = used if dist.rank % 2 else used[::-1]
-    with overlap.summed_gradients(parameters, dist):
+    with (
+        patch.object(overlap, "BUCKET", bucket),
+        patch.object(overlap, "begin_sum", wraps=distributed.begin_sum) as begin_sum,
+        overlap.summed_gradients(parameters, dist),
+    ):
         sums = [(p * (torch.arange(len(p)) + dist.rank)).sum() for p in used]
         torch.stack(sums).sum().backward()
-        n_begun = len(begun)
+        n_begun = begin_sum.call_count
     return [None if p.grad is None else p.grad.tolist() for p in parameters], n_begun
 
 
 def refuse_a_gradient_in_two_parts(dist):
-    overlap.BUCKET = 1
     p, x = nn.Parameter(torch.ones(2)), torch.ones(2, requires_grad=True)
     with (
+        patch.object(overlap, "BUCKET", 1),
         pytest.raises(RuntimeError, match="use_reentrant=False"),
         overlap.summed_gradients([p], dist),
     ):
@@ -58,11 +61,8 @@ def rank_main(rank, world, port, buckets, queue):
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradients_are_summed_in_collectives_of_any_size(world):
     buckets = (1, 4, 20, 10**9)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     queue = get_context("spawn").SimpleQueue()
-    spawn(rank_main, (world, port, buckets, queue), nprocs=world)
+    spawn(rank_main, (world, free_port(), buckets, queue), nprocs=world)
     whole = [world + world * k + world * (world - 1) / 2 for k in range(N)]
     wanted = [whole[: i + 1] for i in range(N)]
     wanted = [*wanted[:2], None, wanted[2], None, *wanted[3:]]
