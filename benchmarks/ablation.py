@@ -34,7 +34,7 @@ from spd_core.data import batches
 from spd_core.data.batches import Batch, Decomposition, make_batch
 from spd_core.distributed import Dist
 from spd_core.fast import hashed, native
-from spd_core.fast.masked import LazyMask, masked
+from spd_core.fast.masked import LazyMask, masked_product
 from spd_core.losses import loss_parts
 from spd_core.rows import Rows, at_rows
 from spd_core.step import optimisation_step
@@ -69,12 +69,12 @@ def dense_delta(_: Decomposition) -> Iterator[None]:
     def dense(
         self: LinearComponents, inner_acts: Tensor, target_out: Tensor, mask: Any, delta_mask: Any
     ) -> Tensor:
-        acts, m_d = masked(inner_acts, mask, delta_mask)
+        out, m_d = masked_product(inner_acts, self.U, mask, delta_mask)
         x = seen[self]
         if isinstance(mask, LazyMask):
             x = at_rows(x, mask.rows, x.dim() - 1)
-        out = (acts if m_d is None else acts + inner_acts * m_d) @ self.U
         if m_d is not None:
+            out = out + (inner_acts * m_d) @ self.U
             out = out + m_d * (x.to(self.V.dtype) @ (self.weight - (self.V @ self.U).T).T)
         bias = getattr(self._module[0], "bias", None)
         return (out if bias is None else out + bias).to(target_out.dtype)
@@ -141,7 +141,7 @@ def no_loops(_: Decomposition) -> AbstractContextManager[Any]:
 
 
 def gradients_of_all(d: Decomposition) -> AbstractContextManager[Any]:
-    """In the search for adversarial sources, gradients for all weights as well."""
+    """In the search for adversarial sources, gradients for all weights but U as well."""
     backward, trained = Tensor.backward, d.model.trained_parameters().values()
 
     def of_all(self: Tensor, inputs: Any = None) -> None:

@@ -67,6 +67,7 @@ class Sizes:
     n_passes: int  # masked passes that weights learn from
     n_searches: int  # those that only adversarial sources learn from
     n_faithfulness: int  # 1 where that is a loss, else 0
+    n_anew: int  # 1 where hidden activations of importances are made again for gradients, else 0
 
     @property
     def C(self) -> int:
@@ -110,6 +111,7 @@ def sizes_of(d: Decomposition) -> Sizes:
     return Sizes(
         modules, n_first, hidden, flops, back, len(losses), n_passes, sum(searches),
         sum(name == "faithfulness" for name in losses),
+        int(config.train.activation_checkpointing == "ci_fns"),
     )  # fmt: skip
 
 
@@ -157,7 +159,8 @@ def flops_of_step(sizes: Sizes, tokens: float) -> float:
     h, target = sizes.hidden, sizes.target_flops + sizes.target_flops_back
     first = sum(C * d_in for d_in, _, C in sizes.modules[: sizes.n_first])
     in_passes = sizes.n_in_components - first
-    importances = sum(4 * d_in * h + 6 * h * C for d_in, _, C in sizes.modules)
+    of_hidden = 4 + 2 * sizes.n_anew
+    importances = sum(of_hidden * d_in * h + 6 * h * C for d_in, _, C in sizes.modules)
     n = sizes.n_passes + sizes.n_searches
     masked = rows_of_pass(sizes, tokens) * (6 * sizes.n_passes + 4 * sizes.n_searches) * in_passes
     faithfulness = sizes.n_faithfulness * sum(6 * C * i * o for i, o, C in sizes.modules)

@@ -53,7 +53,7 @@ def observe(d: Decomposition, seed: int, step: int, batch_size: int, purpose: st
     with d.autocast():
         examples = draw_examples(d.config, d.data, randomness, purpose)
         target_out, inputs = d.model.run_target(examples)
-        ci, _ = d.model.causal_importances(inputs, noise=None)
+        ci, _ = d.model.causal_importances(inputs, noise=None, checkpointing="off")
     lower = {name: importance.lower.float() for name, importance in ci.items()}
     positions = torch.broadcast_shapes(*(values.shape[:-1] for values in lower.values()))
     flat = {n: v.expand(*positions, v.shape[-1]).flatten(0, -2) for n, v in lower.items()}

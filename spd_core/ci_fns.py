@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spd_core.components import LinearComponents
-from spd_core.config import AnyCiFnConfig, CiFnConfig, CustomCiFnConfig
+from spd_core.config import AnyCiFnConfig, CiFnConfig, CustomCiFnConfig, Sigmoid
 from spd_core.fast import mlps, native
 from spd_core.fast.fused import fused
 from spd_core.parts import load_part
@@ -23,8 +23,13 @@ class CausalImportance:
     """One module's causal importances: `lower` is for masks, `upper` for the minimality loss."""
 
     lower: Float[Tensor, "... C"]
-    upper: Float[Tensor, "... C"]
     pre_sigmoid: Float[Tensor, "... C"]  # may be of half precision
+    sigmoid: Sigmoid
+
+    @property
+    def upper(self) -> Float[Tensor, "... C"]:
+        """Made from `pre_sigmoid` at every call: an array of that size is not kept."""
+        return _value(self.sigmoid, upper_leaky_hard, self.pre_sigmoid, None)
 
 
 class _LowerLeakyHard(torch.autograd.Function):
@@ -37,10 +42,8 @@ class _LowerLeakyHard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        (grad,) = grad_outputs
-        leaked = LEAK * grad.clamp(max=0)
-        return torch.where(x <= 0, leaked, grad * (x <= 1))
+        (x,), (grad,) = ctx.saved_tensors, grad_outputs
+        return torch.where(x <= 0, LEAK * grad.clamp(max=0), grad * (x <= 1))
 
 
 def lower_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -52,42 +55,33 @@ def upper_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return x.clamp(0, 1) + LEAK * (x - 1).clamp(min=0)
 
 
-def _leaky_hard_pair(pre_sigmoid: Tensor, binomial_noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    g, jittered = _full(pre_sigmoid, binomial_noise)
-    return lower_leaky_hard(jittered), upper_leaky_hard(g)
-
-
-def _full(pre_sigmoid: Tensor, binomial_noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def _value(sigmoid: Sigmoid, leaky_hard: Any, g: Tensor, noise: Tensor | None) -> Tensor:
     # Under autocast too, masks and powers need the precision.
-    g = pre_sigmoid.to(torch.promote_types(pre_sigmoid.dtype, torch.float32))
-    return g, g if binomial_noise is None else 1.05 * g - 0.05 * binomial_noise
-
-
-def swish_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    return (x * torch.sigmoid(10 * x)).clamp(0, 1)
+    x = g.to(torch.promote_types(g.dtype, torch.float32))
+    x = x if noise is None else 1.05 * x - 0.05 * noise
+    match sigmoid:
+        case "leaky_hard":
+            return leaky_hard(x)
+        case "normal":
+            return torch.sigmoid(x)
+        case "hard":
+            return x.clamp(0, 1)
+        case "swish_hard":
+            return (x * torch.sigmoid(10 * x)).clamp(0, 1)
 
 
 def apply_sigmoid(
     pre_sigmoid: Float[Tensor, "... C"],
-    sigmoid: Literal["leaky_hard", "normal", "hard", "swish_hard"],
+    sigmoid: Sigmoid,
     binomial_noise: Float[Tensor, "... C"] | None,
 ) -> CausalImportance:
     """The pair of values; under binomial sampling `lower` sees 1.05 g - 0.05 u, u ~ U(0, 1)."""
-    if sigmoid == "leaky_hard" and pre_sigmoid.is_cuda:
-        pair = fused(_leaky_hard_pair, pre_sigmoid.device)(pre_sigmoid, binomial_noise)
-        return CausalImportance(*pair, pre_sigmoid)
-    g, jittered = _full(pre_sigmoid, binomial_noise)
-    match sigmoid:
-        case "leaky_hard" if binomial_noise is None and native.is_native(g):
-            return CausalImportance(*native.leaky_hard(g), pre_sigmoid)
-        case "leaky_hard":
-            return CausalImportance(lower_leaky_hard(jittered), upper_leaky_hard(g), pre_sigmoid)
-        case "normal":
-            return CausalImportance(torch.sigmoid(jittered), torch.sigmoid(g), pre_sigmoid)
-        case "hard":
-            return CausalImportance(jittered.clamp(0, 1), g.clamp(0, 1), pre_sigmoid)
-        case "swish_hard":
-            return CausalImportance(swish_hard(jittered), swish_hard(g), pre_sigmoid)
+    if sigmoid == "leaky_hard" and binomial_noise is None and native.is_native(pre_sigmoid):
+        lower = native.lower_leaky_hard(pre_sigmoid)
+    else:
+        value = fused(_value, pre_sigmoid.device)
+        lower = value(sigmoid, lower_leaky_hard, pre_sigmoid, binomial_noise)
+    return CausalImportance(lower, pre_sigmoid, sigmoid)
 
 
 class CiFn(nn.Module):
@@ -121,9 +115,8 @@ class CiFn(nn.Module):
                 *positions, C = inner_acts.shape
                 x = inner_acts.reshape(-1, C)
                 if len(inner) == 1 and (x.is_cuda or native.is_native(last_weight)):
-                    scalar_mlps = mlps.scalar_mlps if x.is_cuda else native.scalar_mlps
-                    g = scalar_mlps(x, *inner[0], last_weight, last_bias)
-                    return g.view(inner_acts.shape)
+                    loop = mlps.scalar_mlps if x.is_cuda else native.scalar_mlps
+                    return loop(x, *inner[0], last_weight, last_bias).view(inner_acts.shape)
                 h = x.T.unsqueeze(1)
             case "vector_mlp":
                 *positions, d_in = x.shape

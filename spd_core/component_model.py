@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from spd_core.ci_fns import CausalImportance, apply_sigmoid, make_ci_fn
 from spd_core.components import Identity, LinearComponents, check_decomposable, is_decomposable, tie
-from spd_core.config import DecomposeConfig
+from spd_core.config import Checkpointing, DecomposeConfig
+from spd_core.fast.checkpointed import caller
 from spd_core.fast.masked import LazyMask
 from spd_core.randomness import Stream, stream
 from spd_core.rows import Rows, at_rows
@@ -218,19 +219,23 @@ class ComponentModel(nn.Module):
             return select_output(self.target(batch), self.output)
 
     def causal_importances(
-        self, inputs: dict[str, Float[Tensor, "... d_in"]], noise: Stream | None
+        self,
+        inputs: dict[str, Float[Tensor, "... d_in"]],
+        noise: Stream | None,
+        checkpointing: Checkpointing,
     ) -> tuple[dict[str, CausalImportance], dict[str, Float[Tensor, "... C"]]]:
         """Causal importances of every module, and x V of those where it is needed once more.
 
         `inputs` are the target's own; `noise` jitters under binomial sampling.
         """
         noise = noise if self.config.sampling == "binomial" else None
+        call = caller(checkpointing, draws=self.config.ci_fn.kind == "custom")
         result, own_acts, first = {}, {}, next(iter(inputs.values()))
         for name, x in inputs.items():
             if self.config.ci_fn.kind in ("mlp", "custom") or x is first:
                 own_acts[name] = self.components[name].inner_acts(x)
             x = x.to(self.components[name].V.dtype) if x.is_floating_point() else x
-            g = self.ci_fns[name](x, own_acts.get(name))
+            g = call(self.ci_fns[name], x, own_acts.get(name))
             jitter = None if noise is None else noise.uniform(*g.shape[1:])
             result[name] = apply_sigmoid(g, self.config.sigmoid, jitter)
         return result, own_acts

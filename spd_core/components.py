@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spd_core.fast.masked import LazyMask, masked
+from spd_core.fast.masked import LazyMask, masked_product
 
 
 class Identity(nn.Module):
@@ -101,8 +101,7 @@ class LinearComponents(nn.Module):
         if bias is not None:
             # A bias of half precision would round what is added to it and subtracted again.
             bias = bias.detach().to(torch.promote_types(bias.dtype, self.V.dtype))
-        masked_acts, m_d = masked(inner_acts, mask, delta_mask)
-        out = masked_acts @ self.U
+        out, m_d = masked_product(inner_acts, self.U, mask, delta_mask)
         if m_d is not None:
             y = target_out if bias is None else target_out - bias
             # Not wider than these two: under autocast all of them would go through float32.

@@ -80,7 +80,7 @@ def masks_from_sources(
     for name, rows in routes.items():
         lower, source = ci[name].lower, sources[name]
         n_dims, C, is_shared = lower.dim() - 1, lower.shape[-1], source.shape[:-1].numel() == 1
-        if is_shared and native.is_native(lower):
+        if is_shared and (native.is_native(lower) or not isinstance(rows, Rows)):
             masks[name] = MaskInfo(LazyMask(lower, source, source.shape[-1] > C, rows), None, rows)
             continue
         one = is_shared and isinstance(rows, Rows)

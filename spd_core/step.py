@@ -97,14 +97,13 @@ def accumulate_gradients(
 ) -> tuple[dict[str, Float[Tensor, ""]], Sums, int]:
     """Add the gradient of the weighted losses to `.grad`, and sum that over ranks.
 
-    Returns the losses over all ranks (detached), and of this rank what was observed and the number
-    of positions.
+    Returns the losses over all ranks (detached), what this rank observed, and its n of positions.
     """
     losses, observed = d.config.losses.configured(), Sums()
     with d.autocast():
+        held = list(batches()) if n_micro == 1 else []  # its importances are computed once
         whole = prepare_step(d, losses, batches, n_micro, now.p)
     totals, n_positions, counts = [], 0, dict[str, int]()
-    # Nothing of a microbatch but its gradient outlives its turn.
     parts_of_batch, trained = iter(batches()), list(d.model.trained_parameters().values())
     for micro in range(n_micro):
         with d.autocast():
@@ -121,11 +120,13 @@ def accumulate_gradients(
         both = torch.stack([sums.detach(), _stack(map(float, counts.values()), sums)])
         both = distributed.all_reduce("sum", both, d.dist)
         weights = _stack((now.coeffs[name] / n_micro for name in losses), sums)
+        n_positions += batch.n_positions
+        held.clear()  # nothing of a microbatch but its graph outlives its losses
+        del batch, parts
         with summed_gradients(trained, d.dist) if micro == n_micro - 1 else nullcontext():
             (sums * weights / both[1]).sum().backward()
         totals.append(both)
-        n_positions += batch.n_positions
-        del batch, parts, sums  # before the next one is made
+        del sums
     all_sums, all_counts = torch.stack(totals).sum(0)
     return dict(zip(losses, all_sums / all_counts, strict=True)), observed, n_positions
 

@@ -31,6 +31,8 @@ class CustomCiFnConfig(CustomConfig):
     kind: Literal["custom"]
 
 
+Sigmoid = Literal["leaky_hard", "normal", "hard", "swish_hard"]
+Checkpointing = Literal["off", "ci_fns"]
 AnyCiFnConfig = Annotated[CiFnConfig | CustomCiFnConfig, Field(discriminator="kind")]
 
 
@@ -40,7 +42,7 @@ class DecomposeConfig(BaseConfig):
     modules: dict[str, Count | None] = Field(description="pattern -> C; null = not these")
     identity_modules: dict[str, Count] = Field(description="pattern -> C of PATH.pre_identity")
     ci_fn: AnyCiFnConfig
-    sigmoid: Literal["leaky_hard", "normal", "hard", "swish_hard"]
+    sigmoid: Sigmoid
     sampling: Literal["continuous", "binomial"]
     n_mask_samples: Count = Field(description="masks drawn per stochastic loss and step")
     delta_component: bool = Field(description="also mask the part of W that V U leaves out")
@@ -74,6 +76,7 @@ class TrainConfig(BaseConfig):
     faithfulness_warmup: WarmupConfig
     on_nan: Literal["stop", "rewind"] = Field(description="rewind = go back, take other batches")
     autocast: Literal["off", "bf16"] = Field(description="precision of the forward passes")
+    activation_checkpointing: Checkpointing = Field(description="what is not kept but made twice")
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto = cuda where there is one")
     compile: Literal["off", "default", "max"] = Field(description="on a GPU; max = a CUDA graph")
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -137,7 +138,7 @@ def make_batch(
     examples: Float[Tensor, "batch ..."] | None = None,
 ) -> Batch:
     """Examples, if not given, the target's output and causal importances of one part of a step."""
-    config, model = d.config, d.model
+    config, model, checkpointing = d.config, d.model, d.config.train.activation_checkpointing
     if examples is None:
         examples = draw_examples(config, d.data, randomness, purpose)
     target_out, inputs = model.run_target(examples)
@@ -148,7 +149,9 @@ def make_batch(
     silent = silent[(len(silent) - len(examples)) % ROUND :]
     if len(silent) < 2:
         noise = randomness.batch_stream(f"{purpose}:binomial")
-        ci, own_acts = model.causal_importances(inputs, noise)
+        ci, own_acts = model.causal_importances(
+            inputs, noise, config.train.activation_checkpointing
+        )
         return Batch(examples, target_out, inputs, ci, randomness, own_acts)
     # Causal importances once for all silent examples, in row 0.
     place = torch.ones(len(examples), dtype=torch.long).index_fill_(0, silent, 0)
@@ -156,7 +159,7 @@ def make_batch(
     place[rows] = torch.arange(1, len(rows) + 1)
     kept = torch.cat([silent[:1], rows])
     few = {name: x.index_select(0, kept) for name, x in inputs.items()}
-    ci, own_acts = model.causal_importances(few, noise=None)
+    ci, own_acts = model.causal_importances(few, None, checkpointing)
     active = Batch(
         examples.index_select(0, rows),
         target_out.index_select(0, rows),
@@ -171,7 +174,7 @@ def make_batch(
 
 def _at(rows: Int[Tensor, "n"] | slice, ci: CausalImportance) -> CausalImportance:
     """Those of some examples, or of the same one several times."""
-    return CausalImportance(ci.lower[rows], ci.upper[rows], ci.pre_sigmoid[rows])
+    return CausalImportance(ci.lower[rows], ci.pre_sigmoid[rows], ci.sigmoid)
 
 
 def _silent_examples(
@@ -197,10 +200,10 @@ def training_batches(
     counter: Int[Tensor, ""] | None = None,
     examples: Float[Tensor, "batch ..."] | None = None,
 ) -> tuple[Batches, int]:
-    """This rank's microbatches of a step and their number; they are made again at every call.
+    """This rank's microbatches of a step and their number.
 
-    `draw` is the number that they are drawn by; `counter`, that on the device. Examples may be
-    given. A single microbatch is kept instead, so that its causal importances are computed once.
+    At every call they are made again, but for those that somebody still holds. `draw` is the number
+    that they are drawn by; `counter`, that on the device. Examples may be given.
     """
     seed, train, dist = d.config.seed, d.config.train, d.dist
     per_rank = train.batch_size // dist.world_size
@@ -211,11 +214,13 @@ def training_batches(
         for part in range(dist.rank * n_micro, (dist.rank + 1) * n_micro)
     ]
     given = [None] * n_micro if examples is None else examples.split(per_rank // n_micro)
-    if n_micro == 1:
-        whole = [make_batch(d, parts[0], "train", given[0])]
-        return lambda: whole, 1
-    both = list(zip(parts, given, strict=True))
-    return lambda: (make_batch(d, part, "train", own) for part, own in both), n_micro
+    alive = WeakValueDictionary[int, Batch]()
+
+    def one(i: int) -> Batch:
+        batch = alive.get(i) or make_batch(d, parts[i], "train", given[i])
+        return alive.setdefault(i, batch)
+
+    return lambda: (one(i) for i in range(n_micro)), n_micro
 
 
 def evaluation_batch(d: Decomposition, i: int, purpose: str) -> Batch:

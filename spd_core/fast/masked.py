@@ -1,4 +1,4 @@
-"""Subcomponent activations under masks, (x V) (m - m_d), read and written once."""
+"""Masked products ((x V) (m - m_d)) U, whose masks and masked activations are not kept."""
 
 import math
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ PART = 64  # rows whose gradients of a shared source are summed by one thread
 class LazyMask:
     """The mask ci + (1 - ci) r, and that of the delta, which are never written down.
 
-    The source r is drawn anew at every position, or is the same at all. With `Rows` the mask is for
-    these alone, though ci and a draw are for all positions.
+    The source r is drawn anew at every position, or is the same at all; one that has a gradient is
+    searched for, and U is a constant then. With `Rows` the mask is for these alone, though ci and a
+    draw are for all positions.
     """
 
     ci: Float[Tensor, "batch ... C"]
@@ -31,102 +32,181 @@ class LazyMask:
     rows: Rows | Bool[Tensor, "..."] | None
 
 
-def masked(
+def masked_product(
     inner_acts: Float[Tensor, "... C"],
+    U: Float[Tensor, "C d_out"],
     mask: Float[Tensor, "... C"] | LazyMask | None,
     delta_mask: Float[Tensor, "..."] | None,
-) -> tuple[Float[Tensor, "... C"], Float[Tensor, "... 1"] | None]:
-    """(x V) (m - m_d) in the precision of x V, and m_d, the delta's mask.
+) -> tuple[Float[Tensor, "... d_out"], Float[Tensor, "... 1"] | None]:
+    """((x V) (m - m_d)) U, and m_d, the delta's mask.
 
     No mask means ones; no delta mask, zero, but a lazy mask brings its own.
     """
-    device = inner_acts.device
     if isinstance(mask, LazyMask):
-        ci, source, with_delta = mask.ci, mask.source, mask.with_delta
-        if native.is_native(ci):
-            return _masked_in_a_loop(inner_acts, mask)
-        assert not isinstance(source, Tensor) and source.rows is None
-        return fused(_masked_by_draw, device)(inner_acts, ci, with_delta, source)
+        return _lazily_masked_product(inner_acts, U, mask)
     if delta_mask is None:
-        return (inner_acts if mask is None else inner_acts * mask), None
+        return (inner_acts if mask is None else inner_acts * mask) @ U, None
     m_d = delta_mask.unsqueeze(-1)
-    return fused(_masked, device)(inner_acts, mask, m_d), m_d
-
-
-def _masked_in_a_loop(inner_acts: Tensor, mask: LazyMask) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(mask.rows, Rows):  # position embeddings run once for all examples
-        inner_acts = inner_acts.expand_as(mask.ci)
-    shared = mask.source.flatten() if isinstance(mask.source, Tensor) else None
-    pair = _MaskedInALoop.apply(inner_acts, mask.ci, shared, mask)
-    out, m_d = cast(tuple[Tensor, Tensor], pair)
-    if not mask.with_delta:
-        return out, None
-    return out, m_d if shared is None else shared[-1:]
+    return fused(_masked, inner_acts.device)(inner_acts, mask, m_d) @ U, m_d
 
 
 def _masked(inner_acts: Tensor, mask: Tensor | None, m_d: Tensor) -> Tensor:
     return (inner_acts * ((1 if mask is None else mask) - m_d)).to(inner_acts.dtype)
 
 
-def _masked_by_draw(
-    inner_acts: Tensor, ci: Tensor, with_delta: bool, draw: Draw
+def _lazily_masked_product(
+    inner_acts: Tensor, U: Tensor, mask: LazyMask
 ) -> tuple[Tensor, Tensor | None]:
-    *positions, C = ci.shape
-    width = C + 1 if with_delta else C
-    per_row = math.prod(positions[1:]) * width
-    r = hashed(draw.key, draw.step, draw.first * per_row, draw.n * per_row, ci.dtype)
-    r = r.view(*positions, width)
-    mask, m_d = torch.addcmul(r[..., :C], ci, 1 - r[..., :C]), r[..., C:] if with_delta else None
-    difference = mask if m_d is None else mask - m_d
-    return (inner_acts * difference).to(inner_acts.dtype), m_d
+    if not isinstance(mask.rows, Rows):  # position embeddings run once for all examples
+        inner_acts = inner_acts.expand_as(mask.ci)
+    kind = inner_acts.device.type
+    if U.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        U = U.to(torch.get_autocast_dtype(kind))
+    shared = mask.source if isinstance(mask.source, Tensor) else None
+    if shared is not None and shared.requires_grad:
+        U = U.detach()
+    pair = _MaskedProduct.apply(inner_acts, mask.ci, U, shared, mask)
+    out, m_d = cast(tuple[Tensor, Tensor], pair)
+    if not mask.with_delta:
+        return out, None
+    return out, m_d if shared is None else shared.flatten()[-1:]
 
 
-class _MaskedInALoop(torch.autograd.Function):
-    """`masked` of a lazy mask, which draws its numbers again for the gradients."""
+class _MaskedProduct(torch.autograd.Function):
+    """Masked activations are made again for the gradients, and their numbers drawn, not kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, inner_acts: Tensor, ci: Tensor, shared: Tensor | None, mask: LazyMask
+        ctx: Any, acts: Tensor, ci: Tensor, U: Tensor, shared: Tensor | None, mask: LazyMask
     ) -> tuple[Tensor, Tensor]:
-        acts, ci, (*positions, C) = inner_acts.contiguous(), ci.contiguous(), ci.shape
-        index, n_own = torch.arange(math.prod(positions)), math.prod(positions)
-        if isinstance(mask.rows, Rows):
-            index, n_own = mask.rows.index, mask.rows.n
-        assert acts.shape[:-1].numel() == len(index) and ci.dtype == torch.float32
-        assert acts.dtype in (torch.float32, torch.bfloat16)
-        width, half = C + mask.with_delta, acts.dtype == torch.bfloat16
-        if shared is not None:
-            key, shift, places, source = 0, 0, index, shared.contiguous()
+        if native.is_native(ci):
+            masked, m_d, *ctx.of = _looped(acts, ci, shared, mask)
         else:
-            assert isinstance(mask.source, Draw)
-            key, step, first, n, of_batch = mask.source
-            n_each = math.prod(positions[1:])
-            examples = first + (torch.arange(n) if of_batch is None else of_batch)
-            places = (examples[:, None] * n_each + torch.arange(n_each)).flatten()[index]
-            key, shift, source = int(key), int(step) * GAMMA, ci.new_empty(0)
-        assert source.dtype == torch.float32
-        ctx.sizes = len(index), n_own, C, width, key, shift, half, shared is not None
-        read = index, places, acts, ci, source
-        ctx.save_for_backward(*read)
-        out, m_d = torch.empty_like(acts), ci.new_empty(*acts.shape[:-1], 1)
-        native.run("masked_forward", ctx.sizes, *read, out, m_d)
+            assert not isinstance(mask.rows, Rows)
+            ctx.of = mask.with_delta, mask.source if shared is None else None
+            masked, m_d = fused(_by_source, acts.device)(acts, ci, mask.with_delta, mask.source)
+            if shared is not None:  # of which m_d is a part, and no output may be
+                m_d = ci.new_empty(0)
+        ctx.save_for_backward(acts, ci, U, shared)
         ctx.mark_non_differentiable(m_d)
-        return out, m_d
+        return masked.to(U.dtype) @ U, m_d
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        *_, acts, ci, source = ctx.saved_tensors
-        n, n_own, *sizes = ctx.sizes
-        grad_acts, grad_ci = torch.empty_like(acts), None
-        if ctx.needs_input_grad[1]:
-            grad_ci = torch.zeros_like(ci)
-        parts = ci.new_zeros(-(-n // PART), len(source))
-        sizes = n, 0 if grad_ci is None else n_own, PART, *sizes
-        written = grad_acts, ci if grad_ci is None else grad_ci, parts
-        native.run(
-            "masked_backward", sizes, *ctx.saved_tensors, grad_outputs[0].contiguous(), *written
-        )
-        return grad_acts, grad_ci, parts.sum(0) if len(source) else None, None
+        acts, ci, U, shared = ctx.saved_tensors
+        grad, wanted = grad_outputs[0], ctx.needs_input_grad
+        grad_masked = (grad @ U.T).to(acts.dtype)
+        if native.is_native(ci):
+            found = _looped_backward(grad_masked, acts, ci, shared, wanted, *ctx.of)
+        else:
+            with_delta, draw = ctx.of
+            source = draw if shared is None else shared
+            gradients = fused(_gradients_by_source, acts.device)
+            found = gradients(grad_masked, acts, ci, with_delta, source, wanted)
+        masked, *grads = found
+        grad_U = None
+        if masked is not None:
+            grad_U = masked.flatten(0, -2).to(U.dtype).T @ grad.flatten(0, -2)
+        grad_acts, grad_ci, grad_shared = grads
+        return grad_acts, grad_ci, grad_U, grad_shared, None
+
+
+def _by_source(
+    acts: Tensor, ci: Tensor, with_delta: bool, source: Tensor | Draw
+) -> tuple[Tensor, Tensor]:
+    r, m_d = _numbers(ci, with_delta, source)
+    # A copy, for as a part of all numbers it would keep them.
+    return (acts * (torch.addcmul(r, ci, 1 - r) - m_d)).to(acts.dtype), m_d.contiguous()
+
+
+def _gradients_by_source(
+    grad: Tensor,
+    acts: Tensor,
+    ci: Tensor,
+    with_delta: bool,
+    source: Tensor | Draw,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Masked activations, and the gradients of acts, ci and a shared source."""
+    for_acts, for_ci, for_U, for_source, _ = wanted
+    r, m_d = _numbers(ci, with_delta, source)
+    difference = torch.addcmul(r, ci, 1 - r) - m_d
+    of_mask, grad_source = grad.to(ci.dtype) * acts.to(ci.dtype), None
+    if for_source:
+        assert isinstance(source, Tensor)
+        each = [of_mask * (1 - ci)]
+        if with_delta:
+            each.append(-of_mask.sum(-1, keepdim=True))
+        grad_source = torch.cat([e.flatten(0, -2).sum(0) for e in each]).view(source.shape)
+    return (
+        (acts * difference).to(acts.dtype) if for_U else None,
+        (grad * difference).to(acts.dtype) if for_acts else None,
+        of_mask * (1 - r) if for_ci else None,
+        grad_source,
+    )
+
+
+def _numbers(ci: Tensor, with_delta: bool, source: Tensor | Draw) -> tuple[Tensor, Tensor]:
+    """The sources of the subcomponents, and the delta's mask, 0 where there is none."""
+    *positions, C = ci.shape
+    if isinstance(source, Draw):
+        width = C + 1 if with_delta else C
+        per_row = math.prod(positions[1:]) * width
+        start, n = source.first * per_row, source.n * per_row
+        source = hashed(source.key, source.step, start, n, ci.dtype).view(*positions, width)
+    return source[..., :C], source[..., C:] if with_delta else ci.new_zeros(1)
+
+
+def _looped(
+    acts: Tensor, ci: Tensor, shared: Tensor | None, mask: LazyMask
+) -> tuple[Tensor, Tensor, tuple[int, ...], int, tuple[Tensor, ...]]:
+    """`_by_source` at the mask's rows; also sizes and arrays for `_looped_backward`."""
+    *positions, C = ci.shape
+    index, n_own = torch.arange(math.prod(positions)), math.prod(positions)
+    if isinstance(mask.rows, Rows):
+        index, n_own = mask.rows.index, mask.rows.n
+    assert acts.shape[:-1].numel() == len(index) and ci.dtype == torch.float32
+    width, half, key, shift, places = C + mask.with_delta, native.HALF[acts.dtype], 0, 0, index
+    if shared is None:
+        assert isinstance(mask.source, Draw)
+        key, step, first, n, of_batch = mask.source
+        n_each = math.prod(positions[1:])
+        examples = first + (torch.arange(n) if of_batch is None else of_batch)
+        places = (examples[:, None] * n_each + torch.arange(n_each)).flatten()[index]
+        key, shift = int(key), int(step) * GAMMA
+    sizes = C, width, key, shift, half, shared is not None
+    acts, ci = acts.contiguous(), ci.contiguous()
+    masked, m_d = torch.empty_like(acts), ci.new_empty(*acts.shape[:-1], 1)
+    read = index, places, acts, ci, _flat(shared, ci)
+    native.run("masked_forward", (len(index), n_own, *sizes), *read, masked, m_d)
+    return masked, m_d, sizes, n_own, (index, places)
+
+
+def _looped_backward(
+    grad: Tensor,
+    acts: Tensor,
+    ci: Tensor,
+    shared: Tensor | None,
+    wanted: tuple[bool, ...],
+    sizes: tuple[int, ...],
+    n_own: int,
+    places: tuple[Tensor, Tensor],
+) -> tuple[Tensor | None, ...]:
+    _, for_ci, for_U, _, _ = wanted
+    acts, ci, n, source = acts.contiguous(), ci.contiguous(), len(places[0]), _flat(shared, ci)
+    nothing, grad_acts = ci.new_empty(0), torch.empty_like(acts)
+    grad_ci = torch.zeros_like(ci) if for_ci else nothing
+    masked = torch.empty_like(acts) if for_U else nothing
+    parts = ci.new_zeros(-(-n // PART), len(source))
+    sizes = n, n_own if for_ci else 0, PART, for_U, *sizes
+    read = *places, acts, ci, source, grad.contiguous()
+    native.run("masked_backward", sizes, *read, grad_acts, grad_ci, parts, masked)
+    grad_shared = None if shared is None else parts.sum(0).view_as(shared)
+    return masked if for_U else None, grad_acts, grad_ci if for_ci else None, grad_shared
+
+
+def _flat(shared: Tensor | None, like: Tensor) -> Float[Tensor, "width_or_0"]:
+    return like.new_empty(0) if shared is None else shared.flatten().contiguous()

@@ -79,8 +79,8 @@ static inline bf16 to_bf16(float x) {
 
 static inline float same(float x) { return x; }
 
-/* One row of out = acts (m - m_d), where m = ci + (1 - ci) r, and of its gradients: those of ci and r
- * are added to what is there, that of m_d is returned.
+/* One row of out = acts (m - m_d), where m = ci + (1 - ci) r, and the same with its gradients: those of
+ * ci and r are added to what is there, that of m_d is returned.
  */
 #define MASKED_ROW(T, LOAD, STORE)                                                                 \
     static void masked_row_##T(int64_t C, float m_d, const float *restrict r,                      \
@@ -92,11 +92,14 @@ static inline float same(float x) { return x; }
     static float masked_row_gradients_##T(int64_t C, float m_d, const float *restrict r,           \
                                           const T *restrict acts, const float *restrict ci,        \
                                           const T *restrict grad, T *restrict gacts,               \
-                                          float *restrict gci, float *restrict gr) {               \
+                                          float *restrict gci, float *restrict gr,                 \
+                                          T *restrict out) {                                       \
         float total = 0;                                                                           \
         for (int64_t c = 0; c < C; c++) {                                                          \
-            float g = LOAD(grad[c]), of_mask = g * LOAD(acts[c]);                                  \
-            gacts[c] = STORE(g * (r[c] + ci[c] * (1 - r[c]) - m_d));                               \
+            float g = LOAD(grad[c]), act = LOAD(acts[c]), of_mask = g * act;                       \
+            float difference = r[c] + ci[c] * (1 - r[c]) - m_d;                                    \
+            gacts[c] = STORE(g * difference);                                                      \
+            out[c] = STORE(act * difference);                                                      \
             gci[c] += of_mask * (1 - r[c]);                                                        \
             gr[c] += of_mask * (1 - ci[c]);                                                        \
             total -= of_mask;                                                                      \
@@ -132,27 +135,31 @@ void masked_forward(int threads, int64_t n, int64_t n_own, int64_t C, int64_t wi
 }
 
 /* From n_own on rows give ci no gradient: they only fill up, and might come twice. That of a shared
- * source is in parts, each of some rows, so that sums do not depend on the number of threads.
+ * source is in parts, each of some rows, so that sums do not depend on the number of threads. Where
+ * nobody wants `out` once more, it is not kept.
  */
-void masked_backward(int threads, int64_t n, int64_t n_own, int64_t n_part, int64_t C, int64_t width,
-                     uint64_t key, uint64_t shift, int64_t half, int64_t shared, const int64_t *rows,
-                     const int64_t *places, const void *acts, const float *ci, const float *source,
-                     const void *grad, void *gacts, float *gci, float *gsource) {
+void masked_backward(int threads, int64_t n, int64_t n_own, int64_t n_part, int64_t wanted, int64_t C,
+                     int64_t width, uint64_t key, uint64_t shift, int64_t half, int64_t shared,
+                     const int64_t *rows, const int64_t *places, const void *acts, const float *ci,
+                     const float *source, const void *grad, void *gacts, float *gci, float *gsource,
+                     void *out) {
     #pragma omp parallel for num_threads(threads)
     for (int64_t part = 0; part < (n + n_part - 1) / n_part; part++) {
-        float drawn[width], unused[C], unused_r[width], *gr = shared ? gsource + part * width : unused_r;
+        float drawn[width], unused[C], unused_r[width], unused_out[C];
+        float *gr = shared ? gsource + part * width : unused_r;
         memset(unused, 0, sizeof unused);
         memset(unused_r, 0, sizeof unused_r);
         for (int64_t j = part * n_part; j < n && j < (part + 1) * n_part; j++) {
             if (!shared) draw(width, key + (uint64_t)(places[j] * width), shift, drawn);
             const float *r = shared ? source : drawn, *importance = ci + rows[j] * C;
-            float d = width > C ? r[C] : 0, *gimportance = j < n_own ? gci + rows[j] * C : unused;
+            float d = width > C ? r[C] : 0, *gimportance = j < n_own ? gci + rows[j] * C : unused, total;
             int64_t at = j * C;
-            float total = half ? masked_row_gradients_bf16(
+            if (half) total = masked_row_gradients_bf16(
                 C, d, r, (bf16 *)acts + at, importance, (bf16 *)grad + at, (bf16 *)gacts + at,
-                gimportance, gr) : masked_row_gradients_float(
+                gimportance, gr, wanted ? (bf16 *)out + at : (bf16 *)unused_out);
+            else total = masked_row_gradients_float(
                 C, d, r, (float *)acts + at, importance, (float *)grad + at, (float *)gacts + at,
-                gimportance, gr);
+                gimportance, gr, wanted ? (float *)out + at : unused_out);
             if (width > C) gr[C] += total;
         }
     }
@@ -215,27 +222,30 @@ void mlps_backward(int threads, int64_t n, int64_t C, int64_t h, const float *x,
     }
 }
 
-/* lower = clamp(x, 0, 1); upper = lower up to x = 1, then rising with slope LEAK. NaN stays NaN. */
-void leaky_hard_forward(int threads, int64_t n, const float *x, float *lower, float *upper) {
-    #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < n; i++) {
-        float above = x[i] > 1 ? x[i] - 1 : 0;
-        lower[i] = x[i] <= 0 ? 0 : x[i] >= 1 ? 1 : x[i];
-        upper[i] = lower[i] + LEAK * above;
-    }
+static inline float get(const void *x, int64_t i, int64_t half) {
+    return half ? of_bf16(((bf16 *)x)[i]) : ((float *)x)[i];
 }
 
-/* Up to 0 the gradient of lower leaks, but only where descent would raise x. Upper has at its two
- * corners the slopes that PyTorch gives a clamp: at 0, where ci_fns start, the gradient passes.
- */
-void leaky_hard_backward(int threads, int64_t n, const float *x, const float *glower,
-                         const float *gupper, float *gx) {
+static inline void put(void *x, int64_t i, int64_t half, float value) {
+    if (half) ((bf16 *)x)[i] = to_bf16(value);
+    else ((float *)x)[i] = value;
+}
+
+/* NaN stays NaN. */
+static inline float clamped(float x) { return x <= 0 ? 0 : x >= 1 ? 1 : x; }
+
+void lower_leaky_hard_forward(int threads, int64_t n, int64_t half, const void *x, float *lower) {
+    #pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++) lower[i] = clamped(get(x, i, half));
+}
+
+/* Up to 0 the gradient leaks, but only where descent would raise x. */
+void lower_leaky_hard_backward(int threads, int64_t n, int64_t half, const void *x,
+                               const float *grad, void *gx) {
     #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n; i++) {
-        float leaked = LEAK * (glower[i] < 0 ? glower[i] : 0);
-        float of_lower = x[i] <= 0 ? leaked : x[i] <= 1 ? glower[i] : 0;
-        float of_upper = x[i] >= 0 && x[i] <= 1 ? gupper[i] : 0;
-        gx[i] = of_lower + of_upper + (x[i] >= 1 ? LEAK * gupper[i] : 0);
+        float v = get(x, i, half), leaked = LEAK * (grad[i] < 0 ? grad[i] : 0);
+        put(gx, i, half, v <= 0 ? leaked : v <= 1 ? grad[i] : 0);
     }
 }
 
@@ -255,11 +265,20 @@ static inline float power(float x, float p) {
     return x < INFINITY ? exp_reduced((y - n) * 0.69314718f, n) : x;
 }
 
-/* out_c = sum over j of times_j (x_jc + eps)^p, for x >= 0. A thread has its own c, so that sums do not
- * depend on the number of threads.
+/* Clamped up to x = 1, then rising with slope LEAK. At the two corners it has the slopes that PyTorch
+ * gives a clamp: at 0, where ci_fns start, the gradient passes.
  */
-void power_sums_forward(int threads, int64_t n, int64_t C, const float *x, const float *times,
-                        const float *p_and_eps, float *out) {
+static inline float upper_leaky_hard(float x) { return clamped(x) + LEAK * (x > 1 ? x - 1 : 0); }
+
+static inline float upper_slope(float x) {
+    return (x >= 0 && x <= 1 ? 1 : 0) + (x >= 1 ? LEAK : 0);
+}
+
+/* out_c = sum over j of times_j (upper_leaky_hard(x_jc) + eps)^p. A thread has its own c, so that sums
+ * do not depend on the number of threads.
+ */
+void power_sums_forward(int threads, int64_t n, int64_t C, int64_t half, const void *x,
+                        const float *times, const float *p_and_eps, float *out) {
     float p = p_and_eps[0], eps = p_and_eps[1];
     #pragma omp parallel for num_threads(threads)
     for (int64_t c0 = 0; c0 < C; c0 += BLOCK) {
@@ -269,21 +288,23 @@ void power_sums_forward(int threads, int64_t n, int64_t C, const float *x, const
             float sum[BLOCK] = {0};
             for (int64_t j = j0; j < n && j < j0 + ROWS; j++)
                 for (int c = 0; c < m; c++)
-                    sum[c] += times[j] * power(x[j * C + c0 + c] + eps, p);
+                    sum[c] += times[j] * power(upper_leaky_hard(get(x, j * C + c0 + c, half)) + eps, p);
             for (int c = 0; c < m; c++) total[c] += sum[c];
         }
         for (int c = 0; c < m; c++) out[c0 + c] = total[c];
     }
 }
 
-void power_sums_backward(int threads, int64_t n, int64_t C, const float *x, const float *times,
-                         const float *p_and_eps, const float *grad, float *gx, float *gtimes,
-                         float *gp_and_eps) {
+void power_sums_backward(int threads, int64_t n, int64_t C, int64_t half, const void *x,
+                         const float *times, const float *p_and_eps, const float *grad, void *gx,
+                         float *gtimes, float *gp_and_eps) {
     float p = p_and_eps[0], eps = p_and_eps[1];
     #pragma omp parallel for num_threads(threads)
     for (int64_t j = 0; j < n; j++) {
         float slope = times[j] * p;
-        for (int64_t c = 0; c < C; c++)
-            gx[j * C + c] = slope * grad[c] * power(x[j * C + c] + eps, p - 1);
+        for (int64_t c = 0; c < C; c++) {
+            float v = get(x, j * C + c, half), of_power = power(upper_leaky_hard(v) + eps, p - 1);
+            put(gx, j * C + c, half, slope * grad[c] * of_power * upper_slope(v));
+        }
     }
 }

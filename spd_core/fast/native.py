@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered, so that they vectorise; -ffast-math would change the whole process.
 MATH = "-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno"
+HALF = {torch.float32: False, torch.bfloat16: True}
 FLAGS = f"-shared -fPIC -fopenmp -O3 -march=native {MATH}"
 
 
@@ -43,7 +44,8 @@ def has_loops(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def is_native(x: Tensor) -> bool:
-    return has_loops(x.device, x.dtype)
+    """Whether loops take it: bfloat16 as well, from which they compute in float32."""
+    return x.dtype in HALF and has_loops(x.device, torch.float32)
 
 
 def hashed(key: int, shift: int, rows: Int[Tensor, "n"], width: int) -> Float[Tensor, "n {width}"]:
@@ -65,30 +67,33 @@ def scalar_mlps(
     return out
 
 
-def leaky_hard(x: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """The pair lower_leaky_hard, upper_leaky_hard of `ci_fns`."""
-    return cast(tuple[Tensor, Tensor], _Loops.apply("leaky_hard", (x.numel(),), [x.shape] * 2, x))
+def lower_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """That of `ci_fns`, in float32."""
+    sizes = x.numel(), HALF[x.dtype]
+    return _Loops.apply("lower_leaky_hard", sizes, [x.shape], x)[0]
 
 
 def power_sums(
     x: Float[Tensor, "n C"], p: float, eps: float, n_times: Float[Tensor, "n"]
 ) -> Float[Tensor, "C"]:
-    """Sums over n of n_times (x + eps)^p, for x >= 0."""
-    inputs = x, n_times, torch.tensor([p, eps])
-    (out,) = _Loops.apply("power_sums", x.shape, [x.shape[1:]], *inputs)
-    return out
+    """Sums over n of n_times (upper_leaky_hard(x) + eps)^p, in float32."""
+    inputs, sizes = (x, n_times, torch.tensor([p, eps])), (*x.shape, HALF[x.dtype])
+    return _Loops.apply("power_sums", sizes, [x.shape[1:]], *inputs)[0]
 
 
 class _Loops(torch.autograd.Function):
-    """LOOP_forward makes outputs of these shapes, LOOP_backward the inputs' gradients."""
+    """LOOP_forward makes outputs of these shapes, LOOP_backward the inputs' gradients.
+
+    The first input may be bfloat16.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, loop: str, sizes: tuple[int, ...], shapes: list[torch.Size], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        assert all(x.dtype == torch.float32 for x in inputs)
+        assert inputs[0].dtype in HALF and all(x.dtype == torch.float32 for x in inputs[1:])
         inputs, ctx.of = tuple(x.contiguous() for x in inputs), (loop, sizes)
-        outputs = tuple(inputs[0].new_empty(shape) for shape in shapes)
+        outputs = tuple(torch.empty(shape, dtype=torch.float32) for shape in shapes)
         run(f"{loop}_forward", sizes, *inputs, *outputs)
         ctx.save_for_backward(*inputs)
         return outputs

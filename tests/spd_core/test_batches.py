@@ -1,3 +1,5 @@
+from weakref import ref
+
 import pytest
 import torch
 
@@ -36,18 +38,18 @@ def test_ranks_and_microbatches_cut_the_same_batch(
         torch.testing.assert_close(torch.cat([part.ci[name].lower for part in parts]), ci.lower)
 
 
-def test_every_call_gives_the_same_batches(make_config, tms_model, one_process):
-    config = make_config(LIVELY, "train.microbatch_size=8")
+@pytest.mark.parametrize("size", ["8", "null"])
+def test_every_call_gives_the_same_batches(size, make_config, tms_model, one_process):
+    """Made anew, unless somebody holds them."""
+    config = make_config(LIVELY, f"train.microbatch_size={size}")
     batches, _ = training_batches(Decomposition(config, tms_model(), one_process, None), 2)
-    for first, second in zip(batches(), batches(), strict=True):
-        assert first is not second and torch.equal(first.examples, second.examples)
-
-
-def test_a_single_batch_is_made_once(make_config, tms_model, one_process):
-    batches, n_micro = training_batches(
-        Decomposition(make_config(LIVELY), tms_model(), one_process, None), 2
-    )
-    assert n_micro == 1 and next(iter(batches())) is next(iter(batches()))
+    examples, held = [batch.examples for batch in batches()], list(batches())
+    for first, second, again in zip(examples, held, batches(), strict=True):
+        assert first is not second.examples and torch.equal(first, second.examples)
+        assert again is second
+    gone = [ref(batch) for batch in held]
+    del held, second, again
+    assert [at() for at in gone] == [None] * len(gone)
 
 
 def test_steps_have_their_own_examples(make_config, tms_model, one_process):

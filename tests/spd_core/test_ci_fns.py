@@ -76,7 +76,7 @@ def gelu(x):
 
 
 def importances(model, inputs, noise=None):
-    return model.causal_importances(inputs, noise)[0]
+    return model.causal_importances(inputs, noise, "off")[0]
 
 
 KINDS = ("mlp", "vector_mlp", "shared_mlp")

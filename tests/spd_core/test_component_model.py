@@ -222,7 +222,7 @@ def test_hooks_are_gone_after_an_exception_of_the_target(run, model):
 def test_gradients_reach_components_and_ci_fns_but_not_the_target(model):
     x = torch.randn(7, 4)
     _, inputs = model.run_target(x)
-    ci, _ = model.causal_importances(inputs, None)
+    ci, _ = model.causal_importances(inputs, None, "off")
     masks = {n: MaskInfo(c.lower, None, None) for n, c in ci.items()}
     (-model.run_masked(x, masks)).square().sum().backward()
     assert all(p.grad is not None for p in model.trained_parameters().values())
@@ -241,7 +241,9 @@ def test_binomial_jitter_is_on_only_with_noise(tms_model):
     model = tms_model("decompose.sampling=binomial", "decompose.sigmoid=normal")
     noise = StepRandomness(0, 0, 0, 1, 8, torch.device("cpu")).batch_stream("n")
     _, inputs = model.run_target(torch.rand(8, 5))
-    with_noise, without = (model.causal_importances(inputs, n)[0]["linear1"] for n in (noise, None))
+    with_noise, without = (
+        model.causal_importances(inputs, n, "off")[0]["linear1"] for n in (noise, None)
+    )
     g = without.pre_sigmoid
     torch.testing.assert_close(without.lower, torch.sigmoid(g))
     u = (1.05 * g - torch.logit(with_noise.lower)) / 0.05
@@ -384,7 +386,7 @@ def test_a_tied_embedding_is_masked_by_itself(decompose):
 def test_stochastic_masks_train_every_module_of_a_transformer(decompose):
     model = decompose(random_weights(gpt2()), GPT2_PATTERNS, "logits")
     _, inputs = model.run_target(TOKENS)
-    ci, _ = model.causal_importances(inputs, None)
+    ci, _ = model.causal_importances(inputs, None, "off")
     assert {name: c.upper.shape for name, c in ci.items()} == {
         name: (*TOKENS.shape, c.C) for name, c in model.components.items()
     }

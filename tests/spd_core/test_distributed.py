@@ -33,7 +33,11 @@ CONFIGS = {
     "whole": (),
     "microbatches": ("train.microbatch_size=4", *OTHER_SCOPES),
     "binomial": ("decompose.sampling=binomial", "decompose.delta_component=false"),
-    "kl": ("decompose.distance=kl", "decompose.ci_fn.kind=shared_mlp"),
+    "kl": (
+        "decompose.distance=kl",
+        "decompose.ci_fn.kind=shared_mlp",
+        "train.activation_checkpointing=ci_fns",
+    ),
     "tokens": (
         "decompose.tied=[]",
         *("~decompose.modules.linear1", "~decompose.modules.linear2"),

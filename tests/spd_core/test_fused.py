@@ -15,9 +15,16 @@ PARTS = [(5, 4), (5, 4), (5, 4), (5,)]
 CHAINS = {
     "hashed": (hashed.hashed, lambda: (torch.tensor(5), torch.tensor(2), 3, 40, torch.float32)),
     "masked": (masked._masked, lambda: (torch.randn(6, 5), torch.rand(6, 5), torch.rand(6, 1))),
-    "by_draw": (masked._masked_by_draw, lambda: (torch.randn(6, 5), torch.rand(6, 5), True,
-                                                 STREAM.next())),
-    "leaky_hard": (ci_fns._leaky_hard_pair, lambda: (torch.randn(6, 5), None)),
+    "by_draw": (masked._by_source, lambda: (torch.randn(6, 5), torch.rand(6, 5), True,
+                                            STREAM.next())),
+    "by_draw_back": (masked._gradients_by_source, lambda: (
+        torch.randn(6, 5), torch.randn(6, 5), torch.rand(6, 5), True, STREAM.next(),
+        (True, True, True, False, False))),
+    "shared_source": (masked._gradients_by_source, lambda: (
+        torch.randn(6, 5), torch.randn(6, 5), torch.rand(6, 5), True, torch.rand(1, 6),
+        (False, False, False, True, False))),
+    "leaky_hard": (ci_fns._value, lambda: ("leaky_hard", ci_fns.lower_leaky_hard,
+                                           torch.randn(6, 5), None)),
     "powers": (powers._power_sums, lambda: (torch.rand(6, 5), torch.tensor(0.7), 1e-12,
                                             torch.ones(6))),
     "mse": (distance._squared_error, lambda: (torch.randn(6, 5), torch.randn(6, 5))),

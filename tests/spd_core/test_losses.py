@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 from test_masks import written_down
 from torch import nn
 
-from spd_core.ci_fns import CausalImportance
+from spd_core.ci_fns import CausalImportance, apply_sigmoid
 from spd_core.component_model import ComponentModel, MaskInfo
 from spd_core.config.losses import (
     LossConfig,
@@ -36,7 +36,7 @@ P_ALL = "+losses.{}={{coeff:1.0,routing:{{kind:static_probability,p:{}}}}}"
 
 
 def importances(lower):
-    return CausalImportance(lower, lower + 0.1, lower)
+    return CausalImportance(lower, lower + 0.1, "leaky_hard")
 
 
 def make_batch(model, x, lower):
@@ -127,40 +127,52 @@ def test_faithfulness(tms_model):
     assert count == 20 and sum_.item() == pytest.approx(sum(errors), rel=1e-5)
 
 
-def with_upper(upper, place=None):
-    n = len(next(iter(upper.values()))) if place is None else len(place)
-    ci, x = {name: CausalImportance(u, u, u) for name, u in upper.items()}, torch.zeros(n, 1)
+def with_pre_sigmoid(g, place=None, sigmoid="leaky_hard"):
+    n = len(next(iter(g.values()))) if place is None else len(place)
+    ci, x = {name: apply_sigmoid(v, sigmoid, None) for name, v in g.items()}, torch.zeros(n, 1)
     return Batch(x, x, {}, ci, StepRandomness(0, 0, 0, 1, n, CPU), {}, place)
+
+
+def upper_of(g):
+    g = g.double().numpy()
+    return g.clip(0, 1) + 0.01 * (g - 1).clip(0)
 
 
 @given(st.floats(0.3, 2.0), st.sampled_from([0.0, 0.5]), st.sampled_from([(5,), (2, 3)]))
 def test_importance_minimality(p, beta, leading):
-    upper = {"a": torch.rand(*leading, 2) * 1.2, "b": torch.rand(*leading, 3).round()}
-    sum_, count = importance_minimality(power_sums(with_upper(upper), p), beta)
+    g = {"a": torch.rand(*leading, 2) * 3 - 0.5, "b": torch.rand(*leading, 3).round()}
+    sum_, count = importance_minimality(power_sums(with_pre_sigmoid(g), p), beta)
     n = np.prod(leading)
     wanted = 0.0
-    for u in upper.values():
-        s = ((u.double().numpy() + 1e-12) ** p).reshape(n, -1).mean(0)
+    for v in g.values():
+        s = ((upper_of(v) + 1e-12) ** p).reshape(n, -1).mean(0)
         wanted += (s + beta * s * np.log2(1 + n * s)).sum()
     assert sum_.item() / count == pytest.approx(wanted, rel=1e-4)
 
 
+def test_importance_minimality_of_another_sigmoid():
+    g = 3 * torch.randn(20, 4)
+    sum_, _ = importance_minimality(power_sums(with_pre_sigmoid({"a": g}, None, "normal"), 0.7), 0)
+    wanted = (1 / (1 + np.exp(-g.double().numpy()))) ** 0.7
+    assert sum_.item() == pytest.approx(wanted.mean(0).sum(), rel=1e-5)
+
+
 @pytest.mark.parametrize("seq", [(), (3,)])
 def test_examples_with_the_same_importances_are_counted_as_often_as_they_come(seq):
-    upper = {"a": torch.rand(3, *seq, 2), "b": torch.rand(3, *seq, 4)}
+    g = {"a": torch.rand(3, *seq, 2), "b": torch.rand(3, *seq, 4)}
     place = torch.tensor([0, 2, 0, 0, 1, 2])
-    sums = power_sums(with_upper(upper, place), 0.7)
-    wanted = [((u.double().numpy() + 1e-12) ** 0.7)[place].reshape(-1, u.shape[-1]).sum(0)
-              for u in upper.values()]  # fmt: skip
+    sums = power_sums(with_pre_sigmoid(g, place), 0.7)
+    wanted = [((v.double().numpy() + 1e-12) ** 0.7)[place].reshape(-1, v.shape[-1]).sum(0)
+              for v in g.values()]  # fmt: skip
     np.testing.assert_allclose(sums, [*np.concatenate(wanted), 6 * np.prod(seq)], rtol=1e-5)
 
 
 def test_importance_minimality_has_finite_gradients_at_zero():
-    upper = torch.zeros(4, 3, requires_grad=True)
-    sums = power_sums(with_upper({"a": upper}), 0.5)
+    g = torch.zeros(4, 3, requires_grad=True)
+    sums = power_sums(with_pre_sigmoid({"a": g}), 0.5)
     sum_, _ = importance_minimality(sums, 1.0)
     sum_.backward()
-    assert upper.grad.isfinite().all()
+    assert g.grad.isfinite().all()
 
 
 def test_minimality_follows_the_annealed_p(make_config, tms_model, one_process):

@@ -5,11 +5,16 @@ import torch
 
 from spd_core.fast import native
 from spd_core.fast.hashed import uniform
-from spd_core.fast.masked import LazyMask, masked
+from spd_core.fast.masked import LazyMask, masked_product
 from spd_core.randomness import Stream
 from spd_core.rows import Rows
 
 needs_loops = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+
+
+def masked(acts, mask, m_d):
+    """Masked activations: the product with U = 1."""
+    return masked_product(acts, torch.eye(acts.shape[-1], dtype=acts.dtype), mask, m_d)
 
 
 def draw():
@@ -104,6 +109,47 @@ def test_at_some_positions_a_mask_has_their_numbers(dtype, with_delta, kind):
         assert all(map(torch.equal, bits[0], other))
 
 
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("kind", ["drawn", "shared"])
+def test_neither_masks_nor_masked_activations_are_kept(kind):
+    acts, ci, U = torch.randn(4, 5, 30), torch.rand(4, 5, 30), torch.randn(30, 2)
+    source = draw() if kind == "drawn" else torch.rand(1, 1, 31)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        leaves = (x.clone().requires_grad_() for x in (acts, ci, U))
+        acts, ci, U = leaves
+        masked_product(acts, U, LazyMask(ci, source, True, None), None)
+    large = [x for x in kept if x.numel() >= acts.numel()]
+    assert {x.data_ptr() for x in large} == {acts.data_ptr(), ci.data_ptr()}
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("kind", ["drawn", "shared", "searched"])
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_gradients_of_the_product(kind, with_delta):
+    """Against autograd of the formula, in double precision."""
+    acts, ci, U, up = (torch.randn(s) for s in [(4, 5, 3), (4, 5, 3), (3, 2), (4, 5, 2)])
+    r = numbers(4 if with_delta else 3)
+    leaves = [acts, ci, U]
+    if kind == "searched":
+        leaves = [acts, ci, r := torch.rand(1, 1, r.shape[-1])]
+    elif kind == "shared":
+        r = torch.rand(1, 1, r.shape[-1])
+    leaves = [x.requires_grad_() for x in leaves]
+    source = draw() if kind == "drawn" else r
+    got, _ = masked_product(acts, U, LazyMask(ci, source, with_delta, None), None)
+    found = torch.autograd.grad(got, leaves, up)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    r = exact[2] if kind == "searched" else r.double()
+    m_d = r[..., 3:] if with_delta else 0
+    wanted = (exact[0] * (exact[1] + (1 - exact[1]) * r[..., :3] - m_d)) @ (
+        exact[2] if kind != "searched" else U.double()
+    )
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found, torch.autograd.grad(wanted, exact, up.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
 @needs_loops
 def test_the_delta_of_a_shared_source_has_its_gradient():
     """Through both of its places, (m - m_d) and m_d y."""
@@ -119,8 +165,9 @@ def test_the_delta_of_a_shared_source_has_its_gradient():
 @needs_loops
 def test_bfloat16_is_rounded_to_the_nearest_and_nan_stays():
     stream = Stream(("test",), torch.tensor(1), 0, 1, None)
-    acts = torch.tensor([[1.0, -3.140625, float("nan"), float("inf"), 1e-40]]).bfloat16()
-    got, _ = masked(acts, LazyMask(torch.ones(1, 5), stream.next(), False, None), None)
+    acts = torch.tensor([1.0, -3.140625, float("nan"), float("inf"), 1e-40])[:, None].bfloat16()
+    stream_of_5 = Stream(("test",), torch.tensor(1), 0, 5, None)
+    got, _ = masked(acts, LazyMask(torch.ones(5, 1), stream_of_5.next(), False, None), None)
     torch.testing.assert_close(got, acts, rtol=0, atol=0, equal_nan=True)
     acts, drawn = (4 * torch.rand(1, 2000)).bfloat16(), stream.next()
     got, _ = masked(acts, LazyMask(torch.zeros(1, 2000), drawn, False, None), None)

@@ -13,7 +13,7 @@ from spd_core.component_model import MaskInfo
 from spd_core.config.losses import StaticProbabilityConfig, UniformKSubsetConfig
 from spd_core.data.batches import Batch
 from spd_core.fast.hashed import uniform
-from spd_core.fast.masked import LazyMask, masked
+from spd_core.fast.masked import LazyMask, masked_product
 from spd_core.masks import draw_routes, masks_from_sources, stochastic_masks
 from spd_core.randomness import StepRandomness
 from spd_core.rows import Rows, at_rows
@@ -24,7 +24,7 @@ UNIT = st.floats(0, 1, width=32)
 @given(UNIT, UNIT)
 def test_formula(ci, r):
     lower = torch.tensor([ci])
-    importances = {"a": CausalImportance(lower, lower, lower)}
+    importances = {"a": CausalImportance(lower, lower, "leaky_hard")}
     masks = masks_from_sources(importances, {"a": torch.tensor([r])}, {"a": None})
     m = applied(masks)["a"].mask.item()
     assert m == pytest.approx(ci + (1 - ci) * r, abs=1e-6)
@@ -33,7 +33,7 @@ def test_formula(ci, r):
 
 def batch_of(names, lower, rank=0, world=1, batch_size=None):
     """A rank's batch in which all modules have the same causal importances."""
-    ci = {n: CausalImportance(lower, lower, lower) for n in names}
+    ci = {n: CausalImportance(lower, lower, "leaky_hard") for n in names}
     size = batch_size or world * len(lower)
     randomness = StepRandomness(0, 0, rank, world, size, torch.device("cpu"))
     return Batch(lower, lower, {}, ci, randomness, {})
@@ -48,7 +48,7 @@ def _applied(info):
     if not isinstance(info.mask, LazyMask):
         return info
     ones = torch.ones_like(at_rows(info.mask.ci, info.rows, info.mask.ci.dim() - 1))
-    difference, m_d = masked(ones, info.mask, None)
+    difference, m_d = masked_product(ones, torch.eye(ones.shape[-1]), info.mask, None)
     if m_d is None:
         return MaskInfo(difference, None, info.rows)
     return MaskInfo(difference + m_d, m_d.expand_as(ones[..., :1])[..., 0], info.rows)
@@ -120,7 +120,7 @@ def test_ranks_draw_different_masks_that_are_together_those_of_one_process(sampl
 def test_given_sources_are_shared_or_one_per_datapoint(delta):
     """The last of C + 1 sources is the delta's mask, as it is."""
     lower = torch.rand(2, 3, 4)
-    ci = {"a": CausalImportance(lower, lower, lower)}
+    ci = {"a": CausalImportance(lower, lower, "leaky_hard")}
     for leading in ((2, 3), (1, 1)):
         source = torch.rand(*leading, 4 + delta)
         info = applied(masks_from_sources(ci, {"a": source}, {"a": None}))["a"]
@@ -133,7 +133,7 @@ def test_given_sources_are_shared_or_one_per_datapoint(delta):
 
 def test_only_routed_modules_are_masked():
     lower, rows = torch.rand(2, 3), Rows.of(torch.tensor([True, False]))
-    ci = {n: CausalImportance(lower, lower, lower) for n in ("a", "b")}
+    ci = {n: CausalImportance(lower, lower, "leaky_hard") for n in ("a", "b")}
     sources = {n: torch.rand(2, 4) for n in ci}
     masks = masks_from_sources(ci, sources, {"b": rows})
     assert list(masks) == ["b"] and masks["b"].rows is rows
@@ -234,6 +234,6 @@ def test_ranks_draw_different_routes_that_are_together_those_of_one_process(rout
 def test_a_module_at_other_positions_than_the_first_is_refused_by_name():
     batch = batch_of(["a", "b"], torch.rand(3, 3, 2))
     alone = torch.rand(3, 2)
-    batch.distinct_ci["b"] = CausalImportance(alone, alone, alone)
+    batch.distinct_ci["b"] = CausalImportance(alone, alone, "leaky_hard")
     with pytest.raises(ValueError, match=r"'b' runs at positions \(3,\), .* \(3, 3\)"):
         draw_routes(batch, UNIFORM_K, "route")

@@ -12,7 +12,7 @@ from scipy.special import erf
 
 from spd_core.ci_fns import CausalImportance
 from spd_core.data.batches import Batch, Decomposition, training_batches
-from spd_core.fast.native import leaky_hard, library, power_sums, scalar_mlps
+from spd_core.fast.native import library, lower_leaky_hard, power_sums, scalar_mlps
 from spd_core.losses import minimality
 from spd_core.randomness import StepRandomness
 from spd_core.step import accumulate_gradients, scheduled
@@ -86,20 +86,19 @@ def test_no_examples_and_no_contiguous_memory():
     torch.testing.assert_close(scalar_mlps(x.T.contiguous().T, *weights), scalar_mlps(x, *weights))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(st.integers(0, 300))
-def test_leaky_hard_and_its_gradients(n):
-    x, down, up = (2 * torch.randn(3, n), torch.randn(3, n), torch.randn(3, n))
-    leak = 0.01
+def test_lower_leaky_hard_and_its_gradient(dtype, n):
+    x, up = (2 * torch.randn(n)).to(dtype), torch.randn(n)
     x.requires_grad_()
-    lower, upper = leaky_hard(x)
-    (lower * down + upper * up).sum().backward()
-    v, g_lower, g_upper = (t.detach().double().numpy() for t in (x, down, up))
-    below, above = v <= 0, v > 1
+    lower = lower_leaky_hard(x)
+    lower.backward(up)
+    v, g = x.detach().double().numpy(), up.double().numpy()
+    assert lower.dtype == torch.float32 and x.grad.dtype == dtype
     np.testing.assert_allclose(lower.detach(), np.clip(v, 0, 1), atol=1e-6)
-    np.testing.assert_allclose(upper.detach(), np.clip(v, 0, 1) + leak * above * (v - 1), atol=1e-6)
-    inside = (g_lower + g_upper) * ~(below | above)
-    wanted = inside + leak * (below * np.minimum(g_lower, 0) + above * g_upper)
-    np.testing.assert_allclose(x.grad, wanted, atol=1e-5)
+    wanted = np.select([v <= 0, v <= 1], [0.01 * np.minimum(g, 0), g], 0)
+    rtol = 1e-6 if dtype == torch.float32 else 2**-8
+    np.testing.assert_allclose(x.grad.double(), wanted, rtol=rtol)
 
 
 @pytest.mark.parametrize("sampling", ["continuous", "binomial"])
@@ -131,8 +130,8 @@ def test_without_a_compiler_pytorchs_operators_give_the_same(
 
 
 def test_without_a_compiler_powers_are_summed_in_float32_under_autocast(monkeypatch):
-    upper = torch.rand(3001, 20)
-    ci, x = {"a": CausalImportance(upper, upper, upper)}, torch.zeros(3001, 1)
+    g = torch.rand(3001, 20)
+    ci, x = {"a": CausalImportance(g, g, "leaky_hard")}, torch.zeros(3001, 1)
     batch = Batch(x, x, {}, ci, StepRandomness(0, 0, 0, 1, 3001, x.device), {})
     monkeypatch.setenv("CC", "no-such-compiler")
     library.cache_clear()
@@ -140,23 +139,21 @@ def test_without_a_compiler_powers_are_summed_in_float32_under_autocast(monkeypa
         sums = minimality.power_sums(batch, 0.9)
     monkeypatch.undo()
     library.cache_clear()
-    wanted = [*((upper.double().numpy() + 1e-12) ** 0.9).sum(0), 3001]
+    wanted = [*((g.double().numpy() + 1e-12) ** 0.9).sum(0), 3001]
     assert sums.dtype == torch.float32
     np.testing.assert_allclose(sums, wanted, rtol=1e-5)
 
 
 def test_what_is_not_a_number_shows():
     x = torch.tensor([[0.5, float("nan")], [float("nan"), 2.0]])
-    for values in leaky_hard(x):
-        assert values.isnan().equal(x.isnan())
+    assert lower_leaky_hard(x).isnan().equal(x.isnan())
     assert power_sums(x, 0.9, 1e-12, torch.ones(2)).isnan().all()
 
 
-def test_leaky_hard_passes_the_gradient_of_upper_at_zero():
-    x = torch.zeros(3, requires_grad=True)
-    lower, upper = leaky_hard(x)
-    (lower + upper * torch.tensor([2.0, -3.0, 0.0])).sum().backward()
-    assert x.grad.tolist() == [2.0, -3.0, 0.0]
+def test_powers_pass_the_gradient_at_zero_where_importances_start():
+    x = torch.zeros(3, 1, requires_grad=True)
+    power_sums(x, 1.0, 1e-12, torch.tensor([2.0, 3.0, 0.0])).backward(torch.ones(1))
+    assert x.grad[:, 0].tolist() == pytest.approx([2.0, 3.0, 0.0])
 
 
 def test_where_nothing_can_be_written_the_run_ends():
@@ -170,14 +167,16 @@ def test_where_nothing_can_be_written_the_run_ends():
 @given(st.integers(1, 90), st.integers(1, 600), st.floats(0.1, 3), st.sampled_from([0.0, 0.5]))
 def test_power_sums_and_gradients_are_those_of_the_formula(C, n, p, share_of_zeros):
     """Also at 0, where the powers of eps are far from those of the next number."""
-    x = torch.rand(n, C) * 1.2 * (torch.rand(n, C) >= share_of_zeros)
+    x = (3 * torch.rand(n, C) - 1) * (torch.rand(n, C) >= share_of_zeros)
     x.requires_grad_()
     times, g, eps = torch.randint(1, 5, (n,)).float(), torch.randn(C), 1e-12
     got = power_sums(x, p, eps, times)
     got.backward(g)
     # float32 is what the sum x + eps is made in
-    shifted = (x.detach() + eps).double().numpy()
+    v = x.detach()
+    shifted = (v.clamp(0, 1) + 0.01 * (v - 1).clamp(min=0) + eps).double().numpy()
     wanted = times.double().numpy() @ shifted**p
-    np.testing.assert_allclose(got.detach(), wanted, rtol=3e-6)
-    gradient = times[:, None].numpy() * p * shifted ** (p - 1) * g.numpy()
-    np.testing.assert_allclose(x.grad, gradient, rtol=3e-6)
+    np.testing.assert_allclose(got.detach(), wanted, rtol=1e-5)
+    slope = np.select([v < 0, v < 1], [0, 1], 0.01)
+    gradient = slope * times[:, None].numpy() * p * shifted ** (p - 1) * g.numpy()
+    np.testing.assert_allclose(x.grad, gradient, rtol=1e-5)

@@ -84,7 +84,7 @@ def language_model(make_config):
 
 def batch_of(model, tokens, lower=None):
     lower = lower or {n: torch.rand(*tokens.shape, C) for n, C in MODULES.items()}
-    ci = {n: CausalImportance(v, v, v) for n, v in lower.items()}
+    ci = {n: CausalImportance(v, v, "leaky_hard") for n, v in lower.items()}
     target_out, inputs = model.run_target(tokens)
     randomness = StepRandomness(0, 0, 0, 1, len(tokens), torch.device("cpu"))
     return Batch(tokens, target_out, inputs, ci, randomness, {})

@@ -62,7 +62,7 @@ def parallel(make_config, delta, target=None):
 def batch_of(model, x, ci=CI, part=0, n_parts=1):
     lower = {n: torch.full((*x.shape[:-1], 3), ci).requires_grad_() for n in model.components}
     target_out, inputs = model.run_target(x)
-    importances = {n: CausalImportance(v, v, v) for n, v in lower.items()}
+    importances = {n: CausalImportance(v, v, "leaky_hard") for n, v in lower.items()}
     randomness = StepRandomness(0, 0, part, n_parts, len(x) * n_parts, CPU)
     return Batch(x, target_out, inputs, importances, randomness, {})
 
@@ -208,7 +208,7 @@ def test_the_worst_loss_is_above_the_stochastic_one(name, make_config, tms_model
     model = tms_model()
     x = torch.rand(16, 5)
     target_out, inputs = model.run_target(x)
-    ci, _ = model.causal_importances(inputs, None)
+    ci, _ = model.causal_importances(inputs, None, "off")
     batch = Batch(x, target_out, inputs, ci, StepRandomness(0, 0, 0, 1, 16, CPU), {})
     stochastic = name.replace("pgd", "stochastic")
     losses = {n: loss_config(make_config, n, "{kind:uniform_k_subset}") for n in (name, stochastic)}
@@ -404,7 +404,7 @@ def test_modules_have_sources_at_their_own_positions(n, scope, make_config, one_
     model, x = parallel(make_config, True, Pooled()), torch.rand(n, 4, 1)
     target_out, inputs = model.run_target(x)
     lower = {name: torch.rand(*of.shape[:-1], 3) for name, of in inputs.items()}
-    ci = {name: CausalImportance(v, v, v) for name, v in lower.items()}
+    ci = {name: CausalImportance(v, v, "leaky_hard") for name, v in lower.items()}
     batch = Batch(x, target_out, inputs, ci, StepRandomness(0, 0, 0, 1, n, CPU), {})
     search = loss_config(make_config, "pgd_recon", scope=scope)
     shared_by = one_process if scope == SHARED else None

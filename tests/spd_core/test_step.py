@@ -1,4 +1,5 @@
 from pathlib import Path
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -293,3 +294,52 @@ def test_bf16_autocast_reaches_evaluation_but_not_faithfulness(make_config, tms_
     assert got["eval/loss/faithfulness"] == wanted["eval/loss/faithfulness"]
     for name in EVERY_LOSS:
         assert got[f"eval/loss/{name}"] == pytest.approx(wanted[f"eval/loss/{name}"], rel=0.05)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def saved_bytes(run):
+    """Of arrays that are kept for the gradients, each counted once."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = run()
+    return sum(kept.values()), result
+
+
+@pytest.mark.parametrize("autocast", ["off", "bf16"])
+@pytest.mark.parametrize("kind", ["mlp", "vector_mlp", "shared_mlp"])
+def test_checkpointed_ci_fns_keep_less_and_learn_the_same(
+    kind, autocast, make_config, tms_model, one_process
+):
+    found, kept = {}, {}
+    overrides = (*LIVELY, *ON, f"decompose.ci_fn.kind={kind}", "decompose.ci_fn.hidden=[40,30]")
+    for way in ("off", "ci_fns"):
+        config = make_config(
+            *overrides, f"train.autocast={autocast}", f"train.activation_checkpointing={way}"
+        )
+        d = Decomposition(config, tms_model(*overrides[-2:]), one_process, None)
+        with d.autocast():
+            kept[way], _ = saved_bytes(lambda d=d: list(training_batches(d, STEP)[0]()))
+        found[way] = losses_and_gradients(config, d.model, one_process)
+    assert kept["ci_fns"] < 0.6 * kept["off"]
+    for one, other in zip(*found.values(), strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_nobody_holds_a_batch_while_gradients_are_computed(make_config, tms_model, one_process):
+    """Its importances would be there beside their gradients."""
+    model, seen, then = tms_model(), [], []
+    first = next(iter(model.trained_parameters().values()))
+    first.register_hook(lambda _: then.append([at() is None for at in seen]))
+    config = make_config(*LIVELY, *ON)
+    losses_and_gradients(config, model, one_process, kept_in(seen, ref))
+    assert then == [[True]]
+    losses_and_gradients(in_parts_of(8, config), model, one_process, kept_in(seen, ref))
+    assert then == [[True], [True, True], [True, True, True]]

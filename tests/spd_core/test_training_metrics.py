@@ -36,7 +36,7 @@ def never(n_examples, *names):
 def importances(generator, *positions):
     """Rarely above the threshold."""
     lower = torch.rand(*positions, C, generator=generator) ** 40
-    return {"a": CausalImportance(lower, lower, lower)}
+    return {"a": CausalImportance(lower, lower, "leaky_hard")}
 
 
 def above(ci):
@@ -62,7 +62,7 @@ def test_alive_means_important_within_the_last_examples(seed, n_examples, positi
 
 def test_a_value_at_the_threshold_is_not_important():
     ago, lower = never(8, "a"), torch.full((4, C), THRESHOLD)
-    observe_alive(ago, {"a": CausalImportance(lower, lower + 1, lower + 1)}, options(8), ONE)
+    observe_alive(ago, {"a": CausalImportance(lower, lower + 1, "leaky_hard")}, options(8), ONE)
     assert n_alive(ago, options(8), ONE) == {"a": 0}
 
 
@@ -71,7 +71,7 @@ def test_a_module_at_fewer_positions_forgets_as_fast_as_the_others():
     ago, counts = never(24, "tokens", "positions"), []
     for value in (1.0, 0.0, 0.0):
         lower = {"tokens": torch.full((4, 3, C), value), "positions": torch.full((1, 3, C), value)}
-        ci = {n: CausalImportance(v, v, v) for n, v in lower.items()}
+        ci = {n: CausalImportance(v, v, "leaky_hard") for n, v in lower.items()}
         observe_alive(ago, ci, options(24), ONE)
         counts.append(n_alive(ago, options(24), ONE))
     assert counts == [{"tokens": n, "positions": n} for n in (C, C, 0)]
