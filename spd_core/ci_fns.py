@@ -52,7 +52,7 @@ def lower_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 def upper_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """clamp(x, 0, 1) up to 1, then rising with slope 0.01."""
-    return x.clamp(0, 1) + LEAK * (x - 1).clamp(min=0)
+    return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(0, 1))
 
 
 def _value(sigmoid: Sigmoid, leaky_hard: Any, g: Tensor, noise: Tensor | None) -> Tensor:
@@ -114,7 +114,7 @@ class CiFn(nn.Module):
                 assert inner_acts is not None
                 *positions, C = inner_acts.shape
                 x = inner_acts.reshape(-1, C)
-                if len(inner) == 1 and (x.is_cuda or native.is_native(last_weight)):
+                if len(inner) == 1 and (x.is_cuda or native.has_loops(x.device, last_weight.dtype)):
                     loop = mlps.scalar_mlps if x.is_cuda else native.scalar_mlps
                     return loop(x, *inner[0], last_weight, last_bias).view(inner_acts.shape)
                 h = x.T.unsqueeze(1)

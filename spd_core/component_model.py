@@ -229,7 +229,7 @@ class ComponentModel(nn.Module):
         `inputs` are the target's own; `noise` jitters under binomial sampling.
         """
         noise = noise if self.config.sampling == "binomial" else None
-        call = caller(checkpointing, draws=self.config.ci_fn.kind == "custom")
+        call = caller("off" if self.config.ci_fn.kind == "custom" else checkpointing)
         result, own_acts, first = {}, {}, next(iter(inputs.values()))
         for name, x in inputs.items():
             if self.config.ci_fn.kind in ("mlp", "custom") or x is first:

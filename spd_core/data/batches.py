@@ -202,8 +202,9 @@ def training_batches(
 ) -> tuple[Batches, int]:
     """This rank's microbatches of a step and their number.
 
-    At every call they are made again, but for those that somebody still holds. `draw` is the number
-    that they are drawn by; `counter`, that on the device. Examples may be given.
+    At every call they are made again, but for those with gradients that somebody still holds.
+    `draw` is the number that they are drawn by; `counter`, that on the device. Examples may be
+    given.
     """
     seed, train, dist = d.config.seed, d.config.train, d.dist
     per_rank = train.batch_size // dist.world_size
@@ -218,7 +219,9 @@ def training_batches(
 
     def one(i: int) -> Batch:
         batch = alive.get(i) or make_batch(d, parts[i], "train", given[i])
-        return alive.setdefault(i, batch)
+        if torch.is_grad_enabled():
+            alive[i] = batch
+        return batch
 
     return lambda: (one(i) for i in range(n_micro)), n_micro
 

@@ -10,13 +10,13 @@ from torch.utils.checkpoint import checkpoint
 from spd_core.config import Checkpointing
 
 
-def caller(checkpointing: Checkpointing, draws: bool) -> Callable[..., Any]:
-    """How to call a ci_fn: caller(...)(ci_fn, *given) keeps only `given`, unless it is "off".
+def caller(checkpointing: Checkpointing) -> Callable[..., Any]:
+    """How to call a ci_fn that draws no numbers and keeps no state.
 
-    Where it draws numbers it draws the same again, which no CUDA graph can record.
+    caller(...)(ci_fn, *given) keeps only `given` for the gradients, unless it is "off".
     """
     match checkpointing:
         case "off":
             return operator.call
         case "ci_fns":
-            return partial(checkpoint, use_reentrant=False, preserve_rng_state=draws)
+            return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -21,9 +21,8 @@ PART = 64  # rows whose gradients of a shared source are summed by one thread
 class LazyMask:
     """The mask ci + (1 - ci) r, and that of the delta, which are never written down.
 
-    The source r is drawn anew at every position, or is the same at all; one that has a gradient is
-    searched for, and U is a constant then. With `Rows` the mask is for these alone, though ci and a
-    draw are for all positions.
+    The source r is drawn anew at every position, or is the same at all. With `Rows` the mask is for
+    these alone, though ci and a draw are for all positions.
     """
 
     ci: Float[Tensor, "batch ... C"]
@@ -59,13 +58,12 @@ def _lazily_masked_product(
 ) -> tuple[Tensor, Tensor | None]:
     if not isinstance(mask.rows, Rows):  # position embeddings run once for all examples
         inner_acts = inner_acts.expand_as(mask.ci)
-    kind = inner_acts.device.type
-    if U.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        U = U.to(torch.get_autocast_dtype(kind))
+    kind, dtype = inner_acts.device.type, U.dtype
+    if dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
     shared = mask.source if isinstance(mask.source, Tensor) else None
-    if shared is not None and shared.requires_grad:
-        U = U.detach()
-    pair = _MaskedProduct.apply(inner_acts, mask.ci, U, shared, mask)
+    product = _ProductByLoops if native.is_native(mask.ci) else _MaskedProduct
+    pair = product.apply(inner_acts, mask.ci, U, shared, mask, dtype)
     out, m_d = cast(tuple[Tensor, Tensor], pair)
     if not mask.with_delta:
         return out, None
@@ -77,41 +75,56 @@ class _MaskedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, acts: Tensor, ci: Tensor, U: Tensor, shared: Tensor | None, mask: LazyMask
+        ctx: Any,
+        acts: Tensor,
+        ci: Tensor,
+        U: Tensor,
+        shared: Tensor | None,
+        mask: LazyMask,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         if native.is_native(ci):
             masked, m_d, *ctx.of = _looped(acts, ci, shared, mask)
         else:
             assert not isinstance(mask.rows, Rows)
+            assert isinstance(mask.source, Tensor) or mask.source.rows is None
             ctx.of = mask.with_delta, mask.source if shared is None else None
             masked, m_d = fused(_by_source, acts.device)(acts, ci, mask.with_delta, mask.source)
             if shared is not None:  # of which m_d is a part, and no output may be
                 m_d = ci.new_empty(0)
         ctx.save_for_backward(acts, ci, U, shared)
         ctx.mark_non_differentiable(m_d)
-        return masked.to(U.dtype) @ U, m_d
+        return masked.to(dtype) @ U.to(dtype), m_d
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         acts, ci, U, shared = ctx.saved_tensors
         grad, wanted = grad_outputs[0], ctx.needs_input_grad
-        grad_masked = (grad @ U.T).to(acts.dtype)
+        grad_masked = (grad @ U.T.to(grad.dtype)).to(acts.dtype)
         if native.is_native(ci):
             found = _looped_backward(grad_masked, acts, ci, shared, wanted, *ctx.of)
         else:
             with_delta, draw = ctx.of
             source = draw if shared is None else shared
             gradients = fused(_gradients_by_source, acts.device)
-            found = gradients(grad_masked, acts, ci, with_delta, source, wanted)
-        masked, *grads = found
+            found = gradients(grad_masked, acts, ci, with_delta, source, wanted[:4])
+        masked, grad_acts, grad_ci, grad_shared = found
         grad_U = None
         if masked is not None:
-            grad_U = masked.flatten(0, -2).to(U.dtype).T @ grad.flatten(0, -2)
-        grad_acts, grad_ci, grad_shared = grads
-        return grad_acts, grad_ci, grad_U, grad_shared, None
+            grad_U = masked.flatten(0, -2).to(grad.dtype).T @ grad.flatten(0, -2)
+            grad_U = grad_U.to(U.dtype)
+        return grad_acts, grad_ci, grad_U, grad_shared, None, None
+
+
+class _ProductByLoops(_MaskedProduct):
+    """Loops give no gradients of gradients, so these are refused."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return _MaskedProduct.backward(ctx, *grad_outputs)
 
 
 def _by_source(
@@ -131,7 +144,7 @@ def _gradients_by_source(
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Masked activations, and the gradients of acts, ci and a shared source."""
-    for_acts, for_ci, for_U, for_source, _ = wanted
+    for_acts, for_ci, for_U, for_source = wanted
     r, m_d = _numbers(ci, with_delta, source)
     difference = torch.addcmul(r, ci, 1 - r) - m_d
     of_mask, grad_source = grad.to(ci.dtype) * acts.to(ci.dtype), None
@@ -195,7 +208,7 @@ def _looped_backward(
     n_own: int,
     places: tuple[Tensor, Tensor],
 ) -> tuple[Tensor | None, ...]:
-    _, for_ci, for_U, _, _ = wanted
+    _, for_ci, for_U, *_ = wanted
     acts, ci, n, source = acts.contiguous(), ci.contiguous(), len(places[0]), _flat(shared, ci)
     nothing, grad_acts = ci.new_empty(0), torch.empty_like(acts)
     grad_ci = torch.zeros_like(ci) if for_ci else nothing

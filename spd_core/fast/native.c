@@ -265,14 +265,12 @@ static inline float power(float x, float p) {
     return x < INFINITY ? exp_reduced((y - n) * 0.69314718f, n) : x;
 }
 
-/* Clamped up to x = 1, then rising with slope LEAK. At the two corners it has the slopes that PyTorch
- * gives a clamp: at 0, where ci_fns start, the gradient passes.
+/* Clamped up to x = 1, then rising with slope LEAK. At both corners the gradient passes: at 0 is where
+ * ci_fns start.
  */
 static inline float upper_leaky_hard(float x) { return clamped(x) + LEAK * (x > 1 ? x - 1 : 0); }
 
-static inline float upper_slope(float x) {
-    return (x >= 0 && x <= 1 ? 1 : 0) + (x >= 1 ? LEAK : 0);
-}
+static inline float upper_slope(float x) { return x > 1 ? LEAK : x >= 0 ? 1 : 0; }
 
 /* out_c = sum over j of times_j (upper_leaky_hard(x_jc) + eps)^p. A thread has its own c, so that sums
  * do not depend on the number of threads.

@@ -28,13 +28,12 @@ def power_sums(batch: Batch, p: float | Float[Tensor, ""]) -> Float[Tensor, "C_t
     The number goes along because ranks may hold unequal counts. A module that runs at fewer
     positions than the first (a pooler has one per example) counts as if at all.
     """
-    sums, first = [], next(iter(batch.distinct_ci.values())).lower
-    n_times = first.new_ones(len(first)) if batch.place is None else batch.place.bincount()
+    sums, place, first = [], batch.place, next(iter(batch.distinct_ci.values())).lower
+    n_times = first.new_ones(len(first)) if place is None else place.bincount().to(first)
     for module_ci in batch.distinct_ci.values():
         # Other sigmoids end at 1, where the powers' own changes nothing.
         x = module_ci.pre_sigmoid if module_ci.sigmoid == "leaky_hard" else module_ci.upper
         n_each = x[0, ..., 0].numel()
-        of_each = n_times.to(first.dtype).repeat_interleave(n_each)
-        own = sums_of_powers(x.flatten(0, -2), p, EPS, of_each)
+        own = sums_of_powers(x.flatten(0, -2), p, EPS, n_times.repeat_interleave(n_each))
         sums.append(own * (batch.n_positions / (n_each * len(batch.examples))))
     return torch.cat([*sums, sums[0].new_full((1,), float(batch.n_positions))])

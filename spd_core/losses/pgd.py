@@ -8,6 +8,7 @@ from spd_core.component_model import ComponentModel
 from spd_core.config.losses import PGDConfig, Routing
 from spd_core.data.batches import Batch, Batches
 from spd_core.distributed import Dist, over_ranks
+from spd_core.fast.frozen import frozen
 from spd_core.losses.recon import recon
 from spd_core.masks import Sources, draw_routes, masks_from_sources
 
@@ -33,7 +34,7 @@ def worst_sources(
         leaves = {name: source.detach().requires_grad_() for name, source in sources.items()}
         for batch, routes_of_batch in zip(batches(), passes, strict=True):
             # Evaluation runs under no_grad, and here the importances are constants.
-            with torch.enable_grad():
+            with torch.enable_grad(), frozen(model.component_parameters()):
                 fixed = {n: replace(ci, lower=ci.lower.detach()) for n, ci in batch.ci.items()}
                 masks = [masks_from_sources(fixed, leaves, routes) for routes in routes_of_batch]
                 sum_, _ = recon(model, batch, masks)

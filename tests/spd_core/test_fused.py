@@ -19,10 +19,10 @@ CHAINS = {
                                             STREAM.next())),
     "by_draw_back": (masked._gradients_by_source, lambda: (
         torch.randn(6, 5), torch.randn(6, 5), torch.rand(6, 5), True, STREAM.next(),
-        (True, True, True, False, False))),
+        (True, True, True, False))),
     "shared_source": (masked._gradients_by_source, lambda: (
         torch.randn(6, 5), torch.randn(6, 5), torch.rand(6, 5), True, torch.rand(1, 6),
-        (False, False, False, True, False))),
+        (False, False, False, True))),
     "leaky_hard": (ci_fns._value, lambda: ("leaky_hard", ci_fns.lower_leaky_hard,
                                            torch.randn(6, 5), None)),
     "powers": (powers._power_sums, lambda: (torch.rand(6, 5), torch.tensor(0.7), 1e-12,

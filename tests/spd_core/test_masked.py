@@ -124,30 +124,58 @@ def test_neither_masks_nor_masked_activations_are_kept(kind):
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("kind", ["drawn", "shared", "searched"])
+@pytest.mark.parametrize("kind", ["drawn", "shared"])
 @pytest.mark.parametrize("with_delta", [True, False])
 def test_gradients_of_the_product(kind, with_delta):
-    """Against autograd of the formula, in double precision."""
+    """Against autograd of the formula, in double precision; a shared source may learn too."""
     acts, ci, U, up = (torch.randn(s) for s in [(4, 5, 3), (4, 5, 3), (3, 2), (4, 5, 2)])
-    r = numbers(4 if with_delta else 3)
-    leaves = [acts, ci, U]
-    if kind == "searched":
-        leaves = [acts, ci, r := torch.rand(1, 1, r.shape[-1])]
-    elif kind == "shared":
-        r = torch.rand(1, 1, r.shape[-1])
+    r, leaves = numbers(4 if with_delta else 3), [acts, ci, U]
+    if kind == "shared":
+        leaves.append(r := torch.rand(1, 1, r.shape[-1]))
     leaves = [x.requires_grad_() for x in leaves]
     source = draw() if kind == "drawn" else r
     got, _ = masked_product(acts, U, LazyMask(ci, source, with_delta, None), None)
     found = torch.autograd.grad(got, leaves, up)
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    r = exact[2] if kind == "searched" else r.double()
+    r = exact[3] if kind == "shared" else r.double()
     m_d = r[..., 3:] if with_delta else 0
-    wanted = (exact[0] * (exact[1] + (1 - exact[1]) * r[..., :3] - m_d)) @ (
-        exact[2] if kind != "searched" else U.double()
-    )
+    wanted = (exact[0] * (exact[1] + (1 - exact[1]) * r[..., :3] - m_d)) @ exact[2]
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
     for a, b in zip(found, torch.autograd.grad(wanted, exact, up.double()), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_under_autocast_weights_are_kept_in_their_own_precision():
+    """A copy for each of many passes would be kept."""
+    acts, ci, U = torch.randn(4, 5, 3).bfloat16(), torch.rand(4, 5, 3), torch.randn(3, 2)
+    U.requires_grad_()
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        out, _ = masked_product(acts, U, LazyMask(ci, draw(), True, None), None)
+    assert out.dtype == torch.bfloat16 and U.data_ptr() in {x.data_ptr() for x in kept}
+    assert not [x for x in kept if x.shape == U.shape and x.dtype == torch.bfloat16]
+    (grad,) = torch.autograd.grad(out.sum(), U)
+    r = numbers(4).double()
+    masked = acts.double() * (ci.double() + (1 - ci.double()) * r[..., :3] - r[..., 3:])
+    wanted = masked.flatten(0, 1).sum(0)[:, None].expand(3, 2)
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(grad.double(), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_operators_may_be_differentiated_twice(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    acts, ci, U = (torch.rand(s).double() for s in [(4, 5, 3), (4, 5, 3), (3, 2)])
+    for source in (draw(), torch.rand(1, 1, 4).double()):
+        assert torch.autograd.gradgradcheck(
+            lambda *x, source=source: masked_product(
+                x[0], x[2], LazyMask(x[1], source, True, None), None
+            )[0],
+            [x.requires_grad_() for x in (acts, ci, U)],
+        )
 
 
 @needs_loops

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import erf
 
-from spd_core.ci_fns import CausalImportance
+from spd_core.ci_fns import CausalImportance, upper_leaky_hard
 from spd_core.data.batches import Batch, Decomposition, training_batches
 from spd_core.fast.native import library, lower_leaky_hard, power_sums, scalar_mlps
 from spd_core.losses import minimality
@@ -150,10 +150,15 @@ def test_what_is_not_a_number_shows():
     assert power_sums(x, 0.9, 1e-12, torch.ones(2)).isnan().all()
 
 
-def test_powers_pass_the_gradient_at_zero_where_importances_start():
-    x = torch.zeros(3, 1, requires_grad=True)
-    power_sums(x, 1.0, 1e-12, torch.tensor([2.0, 3.0, 0.0])).backward(torch.ones(1))
+@pytest.mark.parametrize("corner", [0.0, 1.0])
+def test_powers_pass_the_gradient_at_both_corners(corner):
+    """At 0 is where importances start."""
+    x, times = torch.full((3, 1), corner, requires_grad=True), torch.tensor([2.0, 3.0, 0.0])
+    power_sums(x, 1.0, 1e-12, times).backward(torch.ones(1))
     assert x.grad[:, 0].tolist() == pytest.approx([2.0, 3.0, 0.0])
+    by_operators = x.detach().clone().requires_grad_()
+    (times[:, None] * upper_leaky_hard(by_operators)).sum().backward()
+    torch.testing.assert_close(x.grad, by_operators.grad)
 
 
 def test_where_nothing_can_be_written_the_run_ends():

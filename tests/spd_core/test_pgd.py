@@ -329,6 +329,17 @@ def test_the_search_leaves_gradients_alone(name, scope, make_config, adversary):
 
 
 @BOTH_SCOPES
+def test_only_sources_have_gradients_in_the_search(scope, make_config, adversary):
+    model, learn = parallel(make_config, True), []
+    batch, U = batch_of(model, torch.randn(4, 1)), model.components["a"].U
+    model.target.get_submodule("a").register_forward_hook(lambda *_: learn.append(U.requires_grad))
+    _, loss = adversary("pgd_recon", scope, "random", model, batch, n_steps=2)
+    assert learn == [False, False, True]
+    loss.backward()
+    assert U.grad.any()
+
+
+@BOTH_SCOPES
 @EVERY_FORM
 def test_importances_get_the_gradient_of_the_final_pass(name, scope, make_config, adversary):
     """d E^2 / d ci_c = 2 E x (1 - s_c) t_c, the sources taken as constants."""

@@ -333,6 +333,17 @@ def test_checkpointed_ci_fns_keep_less_and_learn_the_same(
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_single_batch_is_made_once(make_config, tms_model, one_process, monkeypatch):
+    """Also where adversarial sources look at it before the losses do."""
+    made, make = [], batches_module.make_batch
+    monkeypatch.setattr(batches_module, "make_batch", lambda *a: made.append(a) or make(*a))
+    config = make_config(*LIVELY, *ON)
+    losses_and_gradients(config, tms_model(), one_process)
+    assert len(made) == 1
+    losses_and_gradients(in_parts_of(8, config), tms_model(), one_process)
+    assert len(made) > 3
+
+
 def test_nobody_holds_a_batch_while_gradients_are_computed(make_config, tms_model, one_process):
     """Its importances would be there beside their gradients."""
     model, seen, then = tms_model(), [], []
