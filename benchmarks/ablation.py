@@ -35,7 +35,7 @@ from spd_core.data.batches import Batch, Decomposition, make_batch
 from spd_core.distributed import Dist
 from spd_core.fast import hashed, native
 from spd_core.fast.masked import LazyMask, masked_product
-from spd_core.losses import loss_parts
+from spd_core.losses import loss_parts, pgd
 from spd_core.rows import Rows, at_rows
 from spd_core.step import optimisation_step
 from spd_core.train import build_optimizer
@@ -140,8 +140,9 @@ def no_loops(_: Decomposition) -> AbstractContextManager[Any]:
     return patch.object(native, "library", lambda: None)
 
 
-def gradients_of_all(d: Decomposition) -> AbstractContextManager[Any]:
-    """In the search for adversarial sources, gradients for all weights but U as well."""
+@contextmanager
+def gradients_of_all(d: Decomposition) -> Iterator[None]:
+    """In the search for adversarial sources, gradients for all weights as well."""
     backward, trained = Tensor.backward, d.model.trained_parameters().values()
 
     def of_all(self: Tensor, inputs: Any = None) -> None:
@@ -150,7 +151,9 @@ def gradients_of_all(d: Decomposition) -> AbstractContextManager[Any]:
             for p in trained:
                 p.grad = None
 
-    return patch.object(Tensor, "backward", of_all)
+    learning = patch.object(pgd, "frozen", lambda _: nullcontext())
+    with learning, patch.object(Tensor, "backward", of_all):
+        yield
 
 
 WITHOUT: dict[str, Ablation] = {

@@ -149,9 +149,7 @@ def make_batch(
     silent = silent[(len(silent) - len(examples)) % ROUND :]
     if len(silent) < 2:
         noise = randomness.batch_stream(f"{purpose}:binomial")
-        ci, own_acts = model.causal_importances(
-            inputs, noise, config.train.activation_checkpointing
-        )
+        ci, own_acts = model.causal_importances(inputs, noise, checkpointing)
         return Batch(examples, target_out, inputs, ci, randomness, own_acts)
     # Causal importances once for all silent examples, in row 0.
     place = torch.ones(len(examples), dtype=torch.long).index_fill_(0, silent, 0)
