@@ -249,7 +249,7 @@ void lower_leaky_hard_backward(int threads, int64_t n, int64_t half, const void 
     }
 }
 
-/* x^p for normal x > 0, to about 1e-6: 2^(p log2 x). What is not finite stays. */
+/* x^p for normal x > 0, to 5e-7 for p <= 3: 2^(p log2 x). What is not finite stays. */
 static inline float power(float x, float p) {
     union { float f; int32_t i; } u = { x };
     int32_t e = (u.i - 0x3f3504f3) >> 23;  /* the mantissa will lie in [sqrt(1/2), sqrt(2)) */
@@ -259,10 +259,11 @@ static inline float power(float x, float p) {
     q = q * s2 + 1.0f / 7;
     q = q * s2 + 1.0f / 5;
     q = q * s2 + 1.0f / 3;
-    float y = p * ((q * s2 * s + s) * 2.88539008f + (float)e);
-    y = y < -126 ? -126 : y > 126 ? 126 : y;
-    float n = floorf(y + 0.5f);
-    return x < INFINITY ? exp_reduced((y - n) * 0.69314718f, n) : x;
+    float of_mantissa = p * ((q * s2 * s + s) * 2.88539008f), y = p * (float)e + of_mantissa;
+    float n = floorf((y < -126 ? -126 : y > 126 ? 126 : y) + 0.5f);
+    float rest = fmaf(p, (float)e, -n) + of_mantissa;  /* y - n has lost the last digits of y */
+    rest = rest < -1 ? -1 : rest > 1 ? 1 : rest;
+    return x < INFINITY ? exp_reduced(rest * 0.69314718f, n) : x;
 }
 
 /* Clamped up to x = 1, then rising with slope LEAK. At both corners the gradient passes: at 0 is where
