@@ -18,7 +18,8 @@ import torch
 from benchmarks.step import composed, with_random_target
 from spd_core.checkpoint import save_checkpoint, training_state
 from spd_core.config import CheckpointConfig, RunConfig
-from spd_core.distributed import Dist, any_rank
+from spd_core.distributed import Dist
+from spd_core.fast.overlap import AnyRank
 from spd_core.run_dir import RunDir
 from spd_core.step import optimisation_step
 from spd_core.train import build_optimizer
@@ -83,12 +84,12 @@ def measure(config: RunConfig, run_dir: RunDir, steps: int, every: int) -> dict[
 
 def per_step(run_dir: RunDir, dist: Dist) -> tuple[float, float]:
     """Seconds of one step's question whether to stop, and of one heartbeat that is written."""
-    heartbeat, stop = Heartbeat(run_dir, N_TOLD, 1, "benchmark"), Stop()
+    heartbeat, stop, on_any_rank = Heartbeat(run_dir, N_TOLD, 1, "benchmark"), Stop(), AnyRank(dist)
     heartbeat.at(0)
     started = time.perf_counter()
     for step in range(N_TOLD):
         heartbeat.at(step)
-        any_rank(stop(), dist)
+        on_any_rank(stop())
     told_s = (time.perf_counter() - started) / N_TOLD
     started = time.perf_counter()
     for _ in range(N_HEARTBEATS):

@@ -19,7 +19,7 @@ from spd_core.data.batches import Batch, Decomposition
 from spd_core.data.start import start_from_examples
 from spd_core.distributed import Dist, over_ranks
 from spd_core.evaluate import check_metrics, due_metrics, evaluate
-from spd_core.fast.graph import step_taker
+from spd_core.fast import graph, overlap
 from spd_core.losses.distance import faithfulness
 from spd_core.metrics import Sums, means
 from spd_core.metrics.ci import PositionsAgo, l0_sums, never_important, observe_alive
@@ -71,7 +71,7 @@ def train(
 
     Continues from the newest valid checkpoint. `after_step` is told on every rank how many steps
     are done, and what was logged after the last one (mostly nothing); where one says yes, all save
-    together and the result is "stopped".
+    together, several ranks after one step more, and the result is "stopped".
 
     Raises:
         ValueError: the config does not fit the target.
@@ -150,7 +150,7 @@ def _loop(
             observe_alive(t.positions_ago, batch.ci, alive, dist)
         return l0_sums(batch.ci, l0) if l0 is not None and logged else {}
 
-    take_step = step_taker(t, t.optimizer, observe)
+    take_step, on_any_rank = graph.step_taker(t, t.optimizer, observe), overlap.AnyRank(dist)
     writing, saving_s, stopping = writer.submit(lambda: None), 0.0, False
     timed_from, started = step, time.perf_counter()
     while step < steps and not stopping:
@@ -178,7 +178,7 @@ def _loop(
                 values |= evaluate(t, step, due, t.positions_ago, step_s, figures)
             if dist.is_main:
                 append_metrics(run_dir, {"step": step, **values})
-        stopping = distributed.any_rank(after_step(step, values), dist)
+        stopping = on_any_rank(after_step(step, values))
         saving = stopping or step % config.checkpoint.every_steps == 0 or step == steps
         if saving:
             if _must_go_back(t, result.values(), step, run_dir, writing):

@@ -1,4 +1,4 @@
-"""Gradients that are summed over ranks while backward() still computes others."""
+"""What ranks tell each other while they compute: gradients, and whether to stop."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from spd_core.distributed import Dist, begin_sum
+from spd_core.distributed import Dist, all_reduce, begin_sum
 
 BUCKET = 10 * 2**20
 """A collective is of at least so many bytes, but for the last one."""
@@ -63,3 +63,27 @@ def summed_gradients(parameters: Sequence[nn.Parameter], dist: Dist) -> Iterator
                     "first was summed over ranks already; checkpoint with use_reentrant=False"
                 )
             parameter.grad = piece.view_as(parameter)
+
+
+class AnyRank:
+    """Whether a flag is set on at least one rank; the same answer on all.
+
+    Where there are others it is about the flags of the call before: by then a GPU has more to do,
+    so that it never waits for the host's next step.
+    """
+
+    def __init__(self, dist: Dist) -> None:
+        self.dist, self.n_set = dist, torch.zeros(())
+        self.is_there = torch.cuda.Event() if dist.device.type == "cuda" else None
+
+    def __call__(self, flag: bool) -> bool:
+        if self.dist.world_size == 1:
+            return flag
+        if self.is_there is not None:
+            self.is_there.synchronize()
+        answer = bool(self.n_set)
+        own = torch.full((), float(flag), device=self.dist.device)
+        self.n_set = all_reduce("sum", own, self.dist).to("cpu", non_blocking=True)
+        if self.is_there is not None:
+            self.is_there.record()
+        return answer

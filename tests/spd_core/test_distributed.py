@@ -120,9 +120,9 @@ def uneven_step(config, dist):
 
 
 def stopping_run(config, dist, folder):
-    """Only the last rank is asked to stop, after three steps; all must."""
+    """Only the last rank is asked to stop, after two steps; after another one all must."""
     last = dist.rank == dist.world_size - 1
-    return train(config, RunDir(folder), dist, lambda step, _values: last and step >= 3)
+    return train(config, RunDir(folder), dist, lambda step, _values: last and step >= 2)
 
 
 def rank_main(rank, world, port, configs, run_config, folder, queue):

@@ -53,6 +53,9 @@ def refuse_a_gradient_in_two_parts(dist):
 def rank_main(rank, world, port, buckets, queue):
     dist = distributed.init(rank, world, rank, f"127.0.0.1:{port}", "cpu")
     refuse_a_gradient_in_two_parts(dist)
+    on_any_rank = overlap.AnyRank(dist)
+    flags = [step == 1 and rank == world - 1 for step in range(4)]
+    assert [on_any_rank(flag) for flag in flags] == [False, False, True, False]
     queue.put([gradients(dist, bucket) for bucket in buckets])
     distributed.barrier(dist)
     distributed.shutdown()
@@ -76,3 +79,8 @@ def test_gradients_are_summed_in_collectives_of_any_size(world):
 def test_one_process_sums_nothing():
     got, n_begun = gradients(Dist(0, 1, torch.device("cpu")), 1)
     assert got[:4] == [[1.0], [1.0, 2.0], None, [1.0, 2.0, 3.0]] and n_begun == 0
+
+
+def test_one_process_answers_itself_at_once():
+    on_any_rank = overlap.AnyRank(Dist(0, 1, torch.device("cpu")))
+    assert [on_any_rank(flag) for flag in (True, False)] == [True, False]
