@@ -13,6 +13,10 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as torch_dist
+
+# Optimisers import it, and imported within a group it keeps that to the end, with threads that
+# may bring the process down as Python ends.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 

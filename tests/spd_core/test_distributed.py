@@ -3,12 +3,14 @@
 import multiprocessing
 import socket
 import time
+from glob import glob
 from pathlib import Path
 from queue import Empty
 
 import pytest
 import torch
 from test_step import EVERY_LOSS, LIVELY, ON, OTHER_SCOPES, Positioned
+from torch.multiprocessing.spawn import spawn
 
 from spd_core import distributed
 from spd_core.checkpoint import newest_valid_checkpoint
@@ -211,6 +213,19 @@ def test_ranks_compute_what_one_process_computes(world, make_config, make_run_di
         timed = {k for k in wanted if k in ("time", "examples_per_s") or "cost" in k}
         for key in wanted.keys() - timed:
             assert got[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), key
+
+
+def use_a_group(rank, port):
+    distributed.init(rank, 2, rank, f"127.0.0.1:{port}", "cpu")
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])  # imports much
+    distributed.shutdown()
+    threads = [Path(name).read_text() for name in glob("/proc/self/task/*/comm")]
+    assert not any("gloo" in name for name in threads), threads
+
+
+def test_a_group_takes_its_threads_along():
+    """Those that are left can bring a process down as Python ends."""
+    spawn(use_a_group, (free_port(),), nprocs=2)
 
 
 def test_one_process_needs_no_group():
