@@ -33,7 +33,7 @@ from benchmarks.table import RESULTS
 from spd_core import ci_fns
 from spd_core.data.batches import draw_examples
 from spd_core.distributed import Dist
-from spd_core.fast import hashed, masked, native, powers
+from spd_core.fast import hashed, leaky_hard, masked, native, powers
 from spd_core.losses import distance
 from spd_core.randomness import StepRandomness
 from spd_core.step import descend, scheduled
@@ -112,7 +112,7 @@ def as_on_a_gpu() -> Iterator[None]:
         return torch.compile(function)
 
     with ExitStack() as stack:
-        for module in (ci_fns, distance, hashed, masked, powers):
+        for module in (ci_fns, distance, hashed, leaky_hard, masked, powers):
             stack.enter_context(patch.object(module, "fused", lambda f, _device: compiled(f)))
         stack.enter_context(patch.object(native, "library", lambda: None))
         fixed = PropertyMock(return_value=True)

@@ -16,11 +16,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spd_core.ci_fns import LEAK, CiFn
+from spd_core.ci_fns import CiFn
 from spd_core.component_model import ComponentModel
 from spd_core.config import RunConfig
 from spd_core.config.losses import ImportanceMinimalityConfig, PGDReconConfig
 from spd_core.data.batches import draw_examples
+from spd_core.fast.leaky_hard import LEAK
 from spd_core.randomness import StepRandomness
 from spd_core.schedule import annealed_p, schedule_value
 

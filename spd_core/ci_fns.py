@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,9 +13,8 @@ from spd_core.components import LinearComponents
 from spd_core.config import AnyCiFnConfig, CiFnConfig, CustomCiFnConfig, Sigmoid
 from spd_core.fast import mlps, native
 from spd_core.fast.fused import fused
+from spd_core.fast.leaky_hard import lower_leaky_hard, precise, upper_leaky_hard
 from spd_core.parts import load_part
-
-LEAK = 0.01
 
 
 @dataclass(frozen=True)
@@ -29,39 +28,14 @@ class CausalImportance:
     @property
     def upper(self) -> Float[Tensor, "... C"]:
         """Made from `pre_sigmoid` at every call: an array of that size is not kept."""
-        return _value(self.sigmoid, upper_leaky_hard, self.pre_sigmoid, None)
+        g, sigmoid = self.pre_sigmoid, self.sigmoid
+        return upper_leaky_hard(g) if sigmoid == "leaky_hard" else _shared_value(sigmoid, g)
 
 
-class _LowerLeakyHard(torch.autograd.Function):
-    """clamp(x, 0, 1); below 0 the gradient leaks, but only where descent would raise x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (x,), (grad,) = ctx.saved_tensors, grad_outputs
-        return torch.where(x <= 0, LEAK * grad.clamp(max=0), grad * (x <= 1))
-
-
-def lower_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    return cast(Tensor, _LowerLeakyHard.apply(x))
-
-
-def upper_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """clamp(x, 0, 1) up to 1, then rising with slope 0.01."""
-    return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(0, 1))
-
-
-def _value(sigmoid: Sigmoid, leaky_hard: Any, g: Tensor, noise: Tensor | None) -> Tensor:
-    # Under autocast too, masks and powers need the precision.
-    x = g.to(torch.promote_types(g.dtype, torch.float32))
-    x = x if noise is None else 1.05 * x - 0.05 * noise
+def _shared_value(sigmoid: Literal["normal", "hard", "swish_hard"], g: Tensor) -> Tensor:
+    """The one value that `lower` and `upper` share."""
+    x = precise(g)
     match sigmoid:
-        case "leaky_hard":
-            return leaky_hard(x)
         case "normal":
             return torch.sigmoid(x)
         case "hard":
@@ -70,17 +44,22 @@ def _value(sigmoid: Sigmoid, leaky_hard: Any, g: Tensor, noise: Tensor | None) -
             return (x * torch.sigmoid(10 * x)).clamp(0, 1)
 
 
+def _jittered(g: Tensor, noise: Tensor) -> Tensor:
+    return 1.05 * precise(g) - 0.05 * noise
+
+
 def apply_sigmoid(
     pre_sigmoid: Float[Tensor, "... C"],
     sigmoid: Sigmoid,
     binomial_noise: Float[Tensor, "... C"] | None,
 ) -> CausalImportance:
     """The pair of values; under binomial sampling `lower` sees 1.05 g - 0.05 u, u ~ U(0, 1)."""
-    if sigmoid == "leaky_hard" and binomial_noise is None and native.is_native(pre_sigmoid):
-        lower = native.lower_leaky_hard(pre_sigmoid)
-    else:
-        value = fused(_value, pre_sigmoid.device)
-        lower = value(sigmoid, lower_leaky_hard, pre_sigmoid, binomial_noise)
+    x, device = pre_sigmoid, pre_sigmoid.device
+    if binomial_noise is not None:
+        x = fused(_jittered, device)(x, binomial_noise)
+    lower = (
+        lower_leaky_hard(x) if sigmoid == "leaky_hard" else fused(_shared_value, device)(sigmoid, x)
+    )
     return CausalImportance(lower, pre_sigmoid, sigmoid)
 
 

@@ -68,7 +68,7 @@ def scalar_mlps(
 
 
 def lower_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """That of `ci_fns`, in float32."""
+    """That of `fast.leaky_hard`, in float32."""
     sizes = x.numel(), HALF[x.dtype]
     return _Loops.apply("lower_leaky_hard", sizes, [x.shape], x)[0]
 

@@ -3,9 +3,9 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_core.ci_fns import upper_leaky_hard
 from spd_core.fast import native
 from spd_core.fast.fused import fused
+from spd_core.fast.leaky_hard import upper_leaky_hard
 
 
 def sums_of_powers(

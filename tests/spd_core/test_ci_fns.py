@@ -1,49 +1,16 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.special import erf, expit
 from torch import nn
 
-from spd_core.ci_fns import CiFn, apply_sigmoid, lower_leaky_hard, upper_leaky_hard
+from spd_core.ci_fns import CiFn, apply_sigmoid
 from spd_core.component_model import ComponentModel
 from spd_core.config import CiFnConfig
 from spd_core.fast import native
 from spd_core.randomness import StepRandomness
 
 X = [-2.0, -0.3, 0.0, 0.4, 1.0, 1.5, 11.0]
-
-
-def gradient(function, x, grad_out):
-    x = torch.tensor(x, requires_grad=True)
-    (function(x) * torch.tensor(grad_out)).sum().backward()
-    return x.grad.tolist()
-
-
-@given(st.floats(-20, 20, width=32))
-def test_leaky_hard_values(x):
-    t = torch.tensor([x])
-    assert lower_leaky_hard(t).item() == min(max(x, 0.0), 1.0)
-    wanted = 1 + 0.01 * (x - 1) if x > 1 else max(x, 0.0)
-    assert upper_leaky_hard(t).item() == pytest.approx(wanted, abs=1e-6)
-
-
-@pytest.mark.parametrize("grad, below", [(-2.0, -0.02), (2.0, 0.0)])
-def test_lower_leaky_gradient_leaks_only_where_descent_raises_x(grad, below):
-    got = gradient(lower_leaky_hard, X, [grad] * len(X))
-    assert got == pytest.approx([below, below, below, grad, grad, 0.0, 0.0])
-
-
-@pytest.mark.parametrize("grad", [-2.0, 2.0])
-def test_upper_leaky_gradient(grad):
-    got = gradient(upper_leaky_hard, [-2.0, -0.3, 0.4, 0.9, 1.5, 11.0], [grad] * 6)
-    assert got == pytest.approx([0, 0, grad, grad, 0.01 * grad, 0.01 * grad])
-
-
-def test_gradients_of_one_call_do_not_mix():
-    got = gradient(lower_leaky_hard, [-1.0, -1.0, 0.5], [-1.0, 1.0, 3.0])
-    assert got == pytest.approx([-0.01, 0.0, 3.0])
 
 
 REFERENCE = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spd_core import ci_fns
-from spd_core.fast import hashed, masked, mlps, powers
+from spd_core.fast import hashed, leaky_hard, masked, mlps, powers
 from spd_core.fast.fused import fused
 from spd_core.losses import distance
 from spd_core.randomness import Stream
@@ -23,8 +23,10 @@ CHAINS = {
     "shared_source": (masked._gradients_by_source, lambda: (
         torch.randn(6, 5), torch.randn(6, 5), torch.rand(6, 5), True, torch.rand(1, 6),
         (False, False, False, True))),
-    "leaky_hard": (ci_fns._value, lambda: ("leaky_hard", ci_fns.lower_leaky_hard,
-                                           torch.randn(6, 5), None)),
+    "clamped": (leaky_hard._clamped, lambda: (torch.randn(6, 5),)),
+    "leaked": (leaky_hard._leaked, lambda: (torch.randn(6, 5), torch.randn(6, 5))),
+    "swish_hard": (ci_fns._shared_value, lambda: ("swish_hard", torch.randn(6, 5))),
+    "jittered": (ci_fns._jittered, lambda: (torch.randn(6, 5), torch.rand(6, 5))),
     "powers": (powers._power_sums, lambda: (torch.rand(6, 5), torch.tensor(0.7), 1e-12,
                                             torch.ones(6))),
     "mse": (distance._squared_error, lambda: (torch.randn(6, 5), torch.randn(6, 5))),

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import erf
 
-from spd_core.ci_fns import CausalImportance, upper_leaky_hard
+from spd_core.ci_fns import CausalImportance
 from spd_core.data.batches import Batch, Decomposition, training_batches
+from spd_core.fast.leaky_hard import upper_leaky_hard
 from spd_core.fast.native import library, lower_leaky_hard, power_sums, scalar_mlps
 from spd_core.losses import minimality
 from spd_core.randomness import StepRandomness
