@@ -13,8 +13,9 @@ from spd_core.components import LinearComponents
 from spd_core.config import AnyCiFnConfig, CiFnConfig, CustomCiFnConfig, Sigmoid
 from spd_core.fast import mlps, native
 from spd_core.fast.fused import fused
-from spd_core.fast.leaky_hard import lower_leaky_hard, precise, upper_leaky_hard
+from spd_core.fast.leaky_hard import lower_leaky_hard, upper_leaky_hard
 from spd_core.parts import load_part
+from spd_core.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class CausalImportance:
 
 def _shared_value(sigmoid: Literal["normal", "hard", "swish_hard"], g: Tensor) -> Tensor:
     """The one value that `lower` and `upper` share."""
-    x = precise(g)
+    x = at_least_float32(g)
     match sigmoid:
         case "normal":
             return torch.sigmoid(x)
@@ -45,7 +46,7 @@ def _shared_value(sigmoid: Literal["normal", "hard", "swish_hard"], g: Tensor) -
 
 
 def _jittered(g: Tensor, noise: Tensor) -> Tensor:
-    return 1.05 * precise(g) - 0.05 * noise
+    return 1.05 * at_least_float32(g) - 0.05 * noise
 
 
 def apply_sigmoid(

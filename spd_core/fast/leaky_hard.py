@@ -1,6 +1,6 @@
 """The leaky hard sigmoids: `lower` in [0, 1] for masks, `upper` for the minimality loss.
 
-Both are at least float32, also of bfloat16: masks and powers need the precision.
+Both are at least float32, also of bfloat16.
 """
 
 from typing import Any, cast
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spd_core.fast import native
 from spd_core.fast.fused import fused
+from spd_core.precision import at_least_float32
 
 LEAK = 0.01
 
@@ -24,12 +25,8 @@ def lower_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 def upper_leaky_hard(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """clamp(x, 0, 1) up to 1, then rising with slope 0.01."""
-    x = precise(x)
+    x = at_least_float32(x)
     return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(0, 1))
-
-
-def precise(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _LowerLeakyHard(torch.autograd.Function):
@@ -47,7 +44,7 @@ class _LowerLeakyHard(torch.autograd.Function):
 
 
 def _clamped(x: Tensor) -> Tensor:
-    return precise(x).clamp(0, 1)
+    return at_least_float32(x).clamp(0, 1)
 
 
 def _leaked(x: Tensor, grad: Tensor) -> Tensor:

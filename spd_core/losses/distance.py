@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from spd_core.components import LinearComponents
 from spd_core.fast.fused import fused
+from spd_core.precision import at_least_float32
 
 LossParts = tuple[Float[Tensor, ""], int]
 """A loss as (sum, count): parts of microbatches and ranks add up exactly."""
@@ -26,11 +27,14 @@ def distance(
 
 
 def _squared_error(pred: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    return (_full(pred) - _full(target)).square().sum()
+    return (at_least_float32(pred) - at_least_float32(target)).square().sum()
 
 
 def _kl(pred: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    log_pred, log_target = _full(pred).log_softmax(-1), _full(target).log_softmax(-1)
+    log_pred, log_target = (
+        at_least_float32(pred).log_softmax(-1),
+        at_least_float32(target).log_softmax(-1),
+    )
     return F.kl_div(log_pred, log_target, reduction="sum", log_target=True)
 
 
@@ -38,8 +42,3 @@ def faithfulness(components: dict[str, LinearComponents]) -> LossParts:
     """Sum over modules of |W - (V U)^T|^2, over the total weight count."""
     errors = [c.weight_error().square().sum() for c in components.values()]
     return torch.stack(errors).sum(), sum(c.weight.numel() for c in components.values())
-
-
-def _full(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """At least float32: sums over a batch need the precision also under autocast."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

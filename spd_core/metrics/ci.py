@@ -9,6 +9,7 @@ from spd_core.component_model import ComponentModel
 from spd_core.config.metrics import AliveComponentsConfig, CiL0Config
 from spd_core.distributed import Dist, over_ranks
 from spd_core.metrics import matching
+from spd_core.precision import at_least_float32
 
 N_BINS = 50
 RANGES = {"lower": (0.0, 1.0), "upper": (0.0, 1.1), "pre_sigmoid": (-3.0, 3.0)}
@@ -50,8 +51,8 @@ def histogram_sums(ci: dict[str, CausalImportance]) -> dict[str, Float[Tensor, "
 
     def histogram(values: Tensor, low: float, high: float) -> Float[Tensor, "n_bins"]:
         # histc counts in float32, which stops at 2**24: in parts, added up in double.
-        full = torch.promote_types(values.dtype, torch.float32)
-        parts = [part.to(full).clamp(low, high) for part in values.flatten().split(2**24)]
+        pieces = values.flatten().split(2**24)
+        parts = [at_least_float32(piece).clamp(low, high) for piece in pieces]
         return torch.stack([part.histc(N_BINS, low, high).double() for part in parts]).sum(0)
 
     return {

@@ -170,9 +170,9 @@ def test_where_nothing_can_be_written_the_run_ends():
     assert done.returncode == 1 and "OSError: [Errno 27] File too large" in done.stderr
 
 
-@given(st.floats(0.125, 3, width=32))
+@given(st.integers(1, 24).map(lambda eighths: eighths / 8))
 def test_powers_of_all_magnitudes(p):
-    """Also of numbers as small as eps, whose logarithms are large."""
+    """Also of numbers as small as eps, whose logarithms are large; p - 1 is exact in float32."""
     x = torch.cat([torch.zeros(1, 1), 10 ** (-13 * torch.rand(1, 300)).T])
     assert_sums_and_gradients(x.T, p, rtol=1e-6)
 
@@ -180,18 +180,14 @@ def test_powers_of_all_magnitudes(p):
 @given(
     st.integers(1, 90),
     st.integers(1, 600),
-    st.floats(0.125, 3, width=32),
+    st.floats(0.1, 3).map(lambda p: float(np.float32(p))),
     st.sampled_from([0.0, 0.5]),
+    st.sampled_from([(0, 1.2), (-1, 2)]),
 )
-def test_power_sums_and_gradients_are_those_of_the_formula(C, n, p, share_of_zeros):
+def test_power_sums_and_gradients_are_those_of_the_formula(C, n, p, share_of_zeros, ends):
     """Also at 0, where the powers of eps are far from those of the next number."""
-    x = torch.rand(n, C) * 1.2 * (torch.rand(n, C) >= share_of_zeros)
+    x = (ends[0] + (ends[1] - ends[0]) * torch.rand(n, C)) * (torch.rand(n, C) >= share_of_zeros)
     assert_sums_and_gradients(x, p)
-
-
-@given(st.integers(1, 90), st.integers(1, 600), st.floats(0.125, 1.5, width=32))
-def test_power_sums_and_gradients_on_both_sides_of_zero_and_one(C, n, p):
-    assert_sums_and_gradients(3 * torch.rand(n, C) - 1, p)
 
 
 def assert_sums_and_gradients(x, p, rtol=3e-6):
